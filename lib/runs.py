@@ -1,0 +1,385 @@
+"""The run contract: what a run's parameters are, what its folder is called and holds, and when it counts as done."""
+
+import difflib
+import fcntl
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import resource
+import subprocess
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lib.noise import Channel, channel
+
+ROOT = Path(__file__).parents[1]
+PROFILES, STUDIES, OUTPUTS = ROOT / "params/profiles", ROOT / "params/studies", ROOT / "outputs"
+NOT_HASHED = {"output_dir", "report_to"}  # where a run lies and who watches it do not change what it computes
+
+
+class Params(BaseModel):
+    """Everything that decides a run. The notebook 02_train says what each parameter does."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    profile: str
+    output_dir: str = "outputs/single"
+    # the policy and the data
+    model: str
+    base_seed: int = Field(0, ge=0)
+    data_dir: str
+    prompt_template: Literal["none", "chat", "qwen-math", "r1-zero"] = "none"
+    engine: Literal["transformers", "vllm", "unsloth"] = "transformers"
+    max_prompt_length: int = Field(512, gt=0)
+    max_completion_length: int = Field(512, gt=0)
+    # the noise
+    reward: Literal["accuracy", "format"] = "accuracy"
+    label_flip_rate: float = Field(0.0, ge=0, le=1)
+    mask_rate: float = Field(0.0, ge=0, le=1)
+    false_positive_rate: float = Field(0.0, ge=0, le=1)
+    false_negative_rate: float = Field(0.0, ge=0, le=1)
+    abstain_rate: float = Field(0.0, ge=0, le=1)
+    noise_level: Literal["rollout", "group", "prompt"] = "rollout"
+    seed: int = Field(0, ge=0, lt=2**32)
+    noise_seed: int = Field(0, ge=0)
+    # GRPO
+    learning_rate: float = Field(5e-5, gt=0)
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    optim: str = "adamw_torch"
+    max_grad_norm: float = Field(1.0, gt=0)
+    per_device_train_batch_size: int = Field(8, gt=0)
+    gradient_accumulation_steps: int = Field(4, gt=0)
+    num_train_epochs: float = Field(1.0, gt=0)
+    max_steps: int = Field(-1, ge=-1)
+    num_generations: int = Field(8, ge=2)
+    num_iterations: int = Field(1, ge=1)
+    grpo_beta: float = Field(0.0, ge=0)
+    epsilon: float = Field(0.2, gt=0, lt=1)
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    lora_rank: int = Field(16, gt=0)
+    lora_alpha: int = Field(16, gt=0)
+    # the machine and the log
+    num_threads: int = Field(1, ge=1)
+    log_interval: int = Field(10, ge=1)
+    eval_interval: int = Field(0, ge=0)
+    eval_problems: int = Field(128, gt=0)
+    save_steps: int = Field(100, ge=1)
+    report_to: str = "none"
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        channel(**self.noise())
+        batch = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if batch % self.num_generations:
+            raise ValueError(f"per_device_train_batch_size × gradient_accumulation_steps = {batch} completions do not "
+                             f"divide into groups of num_generations={self.num_generations}")
+        if self.save_steps % self.num_iterations:
+            raise ValueError(
+                f"save_steps={self.save_steps} is not a multiple of num_iterations={self.num_iterations}: a checkpoint "
+                "between two optimiser steps on the same rollouts cannot be resumed exactly")
+        return self
+
+    def noise(self) -> dict[str, Any]:
+        """The parameters that name the channel, for `lib.noise.channel`."""
+        return self.model_dump(include={"label_flip_rate", "mask_rate", "false_positive_rate", "false_negative_rate",
+                                        "abstain_rate", "noise_level"})
+
+    @property
+    def channel(self) -> Channel:
+        """The noise channel of the run."""
+        return channel(**self.noise())
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return ROOT / self.output_dir / "runs" / run_id(self)
+
+
+class Study(BaseModel):
+    """A grid: every arm's lists are crossed with each other, with `seeds` and with `base_seeds`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    title: str
+    arms: list[dict[str, Any]]
+    seeds: list[int] = Field(min_length=1)
+    base_seeds: list[int] = Field([0], min_length=1)
+    fixed: dict[str, Any] = {}
+    use_selected: bool = True
+    select: bool = False
+    eval_split: Literal["validation", "test"] = "test"
+    eval_samples: int = Field(4, ge=1)
+
+
+# --- from names to parameters -----------------------------------------------------------------------------------
+
+
+def nearest(name: str, known) -> str:
+    """", did you mean 'x'?" for the closest known name, or an empty string."""
+    close = difflib.get_close_matches(str(name), list(map(str, known)), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _check(model: type[BaseModel], values: dict, where: str) -> BaseModel:
+    """Validate, and turn pydantic's report into one sentence a problem."""
+    try:
+        return model(**values)
+    except ValidationError as e:
+        lines = []
+        for error in e.errors():
+            name = ".".join(map(str, error["loc"]))
+            if error["type"] == "extra_forbidden":
+                lines.append(f"{name!r} is not a parameter{nearest(name, model.model_fields)}")
+            elif error["loc"]:
+                given = error["input"] if error["type"] != "missing" else "(nothing)"
+                lines.append(f"{name}={given!r}: {error['msg'].lower()}{_allowed(model, name)}")
+            else:
+                lines.append(error["msg"].removeprefix("Value error, "))
+        raise ValueError(f"{where}: " + "; ".join(lines)) from None
+
+
+def _allowed(model, name) -> str:
+    field = model.model_fields.get(name)
+    limits = [str(m) for m in field.metadata] if field else []
+    return f" (allowed: {', '.join(limits)})" if limits else ""
+
+
+def load_yaml(folder: Path, name: str, kind: str) -> tuple[dict, Path]:
+    """Read params/<kind>s/<name>.yaml, or `name` as a path. ValueError with the nearest name, or with file and line."""
+    path = Path(name) if str(name).endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    if not path.exists():
+        known = sorted(p.stem for p in folder.glob("*.yaml"))
+        raise ValueError(f"there is no {kind} {path.stem!r}{nearest(path.stem, known)} Known: {', '.join(known)}")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        raise ValueError(f"{path.name}:{mark.line + 1 if mark else '?'}: not valid YAML: "
+                         f"{getattr(e, 'problem', e)}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path.name}:1: a {kind} is a mapping of names to values")
+    return values, path
+
+
+def selected_file(profile: str) -> Path:
+    """Where the hyperparameter study of a profile writes its choice."""
+    return OUTPUTS / study_folder_name("hyperparameters", profile) / "selected.yaml"
+
+
+def study_folder_name(study: str, profile: str) -> str:
+    """The tiny profile's studies carry the study's name; other profiles add theirs."""
+    return study if profile == "tiny" else f"{study}-{profile}"
+
+
+def resolve(profile: str = "tiny", use_selected: bool = False, **given) -> Params:
+    """Parameters of one run: the profile's, then the hyperparameter study's choice if asked for, then those given.
+
+    None means "as the profile says". noise_seed defaults to seed. Raises ValueError naming every bad parameter.
+    """
+    values, path = load_yaml(PROFILES, profile, "profile")
+    if use_selected and selected_file(profile).exists():
+        values |= yaml.safe_load(selected_file(profile).read_text())["selected"]
+    values |= {k: v for k, v in given.items() if v is not None}
+    values.setdefault("noise_seed", values.get("seed", 0))
+    return _check(Params, values | {"profile": profile}, f"profile {profile}")
+
+
+def given_parameters(names: dict[str, Any], known=()) -> dict[str, Any]:
+    """Parameters among a notebook's global names. An unknown one is refused here: papermill itself only warns.
+
+    A name counts as a parameter if it holds plain data (number, text, list, dict, None) and has no leading underscore.
+    """
+    plain = {n: v for n, v in names.items() if n[0] != "_" and n not in ("In", "Out")
+             and isinstance(v, int | float | str | bool | list | dict | type(None))}
+    known = set(known) or set(Params.model_fields)
+    unknown = [n for n in plain if n not in known]
+    if unknown:
+        raise ValueError("; ".join(f"{n!r} is not a parameter{nearest(n, known)}" for n in unknown))
+    return plain
+
+
+def load_study(name: str, profile: str) -> tuple[Study, list[Params]]:
+    """A study and the parameters of all its runs, checked before anything starts."""
+    values, path = load_yaml(STUDIES, name, "study")
+    study = _check(Study, values, path.name)
+    output_dir = f"outputs/{study_folder_name(path.stem, profile)}"
+    runs = []
+    for i, arm in enumerate(study.arms):
+        cells = {**study.fixed, **arm}
+        lists = {k: v if isinstance(v, list) else [v] for k, v in cells.items()}
+        for base_seed, *values, seed in itertools.product(study.base_seeds, *lists.values(), study.seeds):
+            try:
+                runs.append(resolve(profile, study.use_selected, **dict(zip(lists, values, strict=True)),
+                                    seed=seed, base_seed=base_seed, output_dir=output_dir))
+            except ValueError as e:
+                raise ValueError(f"{path.name}, arm {i + 1} ({arm or 'clean'}): {e}") from None
+    twice = [r for r, n in _count(map(run_id, runs)).items() if n > 1]
+    if twice:
+        raise ValueError(f"{path.name}: {len(twice)} runs occur twice, the first is {twice[0]}")
+    return study, runs
+
+
+def _count(items) -> dict:
+    counts: dict = {}
+    for item in items:
+        counts[item] = counts.get(item, 0) + 1
+    return counts
+
+
+# --- names ------------------------------------------------------------------------------------------------------
+
+
+def describe(params: Params | dict) -> tuple[str, str, float]:
+    """(arm, channel, rate) as tables and figures name them, such as ("flip 0.2", "flip", 0.2)."""
+    p = params if isinstance(params, dict) else params.model_dump()
+    named = [("flip", p["label_flip_rate"]), ("mask", p["mask_rate"]), ("abstain", p["abstain_rate"])]
+    a, b = p["false_positive_rate"], p["false_negative_rate"]
+    if a and b:
+        named.append((f"asymmetric (b={b:g})", a))
+    else:
+        named += [("false positives", a), ("false negatives", b)]
+    used = [(name, rate) for name, rate in named if rate]
+    if p["reward"] == "format":
+        used = [("format only", 0.0), *used]
+    if not used:
+        return "clean", "clean", 0.0
+    name = " + ".join(n for n, _ in used)
+    if used == [("flip", 0.5)]:
+        name = "random" if p.get("random_name") else "flip"
+    level = "" if p["noise_level"] == "rollout" else f" ({p['noise_level']})"
+    rate = used[-1][1]
+    return f"{name} {rate:g}{level}" if rate else name, name + level, rate
+
+
+def digest(values: Any, length: int = 8) -> str:
+    """The first hex digits of the sha256 of JSON-serialisable values, independent of key order."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:length]
+
+
+def run_id(params: Params) -> str:
+    """Readable settings and 8 hex digits of the hash of all parameters, such as flip-0.2-s1-1c2f9a03."""
+    arm = re.sub(r"[^0-9a-z.]+", "-", describe(params)[0].lower()).strip("-")
+    base = f"-b{params.base_seed}" if params.base_seed else ""
+    return f"{arm}{base}-s{params.seed}-{digest(params.model_dump(exclude=NOT_HASHED))}"
+
+
+# --- the folder of a run ----------------------------------------------------------------------------------------
+
+
+def status(folder: Path) -> str:
+    """done, failed, interrupted (something is there to resume from), or missing."""
+    if (folder / "DONE").exists():
+        return "done"
+    if (folder / "FAILED").exists():
+        return "failed"
+    return "interrupted" if (folder / "params.json").exists() else "missing"
+
+
+def write_atomically(path: Path, text: str):
+    """Write a small text file so that a reader sees the old or the new one, never half of it."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+@contextmanager
+def lock(folder: Path):
+    """Hold the run's folder. A second process is refused; the lock of a killed one is gone with it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"{folder.name} is being executed by another process: wait for it or stop it") from None
+        yield
+
+
+def last_checkpoint(folder: Path, every: int) -> Path | None:
+    """The newest complete checkpoint at a multiple of `every` steps, or None if there is no checkpoint at all.
+
+    `every` is the number of optimiser steps on one batch of rollouts (num_iterations). TRL rebuilds its rollouts
+    when it resumes, so only such a step continues as if nothing had happened. ValueError if all are unaligned.
+    """
+    found = {}
+    for path in (folder / "checkpoints").glob("checkpoint-*"):
+        if (path / "trainer_state.json").exists() and (path / "optimizer.pt").exists():
+            found[int(path.name.split("-")[1])] = path
+    aligned = [step for step in found if step % every == 0]
+    if found and not aligned:
+        raise ValueError(f"{folder.name}: checkpoints at steps {sorted(found)} are not multiples of {every} "
+                         "(num_iterations), so none can be resumed exactly: delete the folder to start again")
+    return found[max(aligned)] if aligned else None
+
+
+def steps_in(params: Params, problems: int) -> int:
+    """Optimiser steps of a run on `problems` training problems."""
+    if params.max_steps > 0:
+        return params.max_steps
+    prompts = params.per_device_train_batch_size * params.gradient_accumulation_steps // params.num_generations
+    return math.ceil(problems // prompts * params.num_iterations * params.num_train_epochs)
+
+
+def provenance(**more) -> dict[str, Any]:
+    """Commit, versions, machine and whatever the run adds. No user name, host name or path."""
+    def git(*args):
+        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    versions = {}
+    for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "ray", "papermill", "math-verify",
+                 "numpy", "vllm", "unsloth"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!outputs")
+    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": None if changed is None else bool(changed),
+            "python": platform.python_version(), "versions": versions, "cpu": cpu_name(), "cores": os.cpu_count(),
+            "gpu": gpu_name(), **more}
+
+
+def cpu_name() -> str:
+    """The processor's name."""
+    try:
+        return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        return platform.processor() or platform.machine()
+
+
+def gpu_name() -> str | None:
+    """Name and driver of each GPU as nvidia-smi prints them, or None without a GPU."""
+    try:
+        return subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"],
+                              capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def peak_memory_mb() -> int:
+    """The largest resident size of this process so far, in MB (Linux reports kB, macOS bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (1024 if platform.system() == "Linux" else 1024**2)
+
+
+def adapter_hash(folder: Path) -> str:
+    """sha256 of a run's final adapter weights."""
+    return hashlib.sha256((folder / "adapter/adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def finish(folder: Path, record: dict):
+    """Mark a run as done: last of all, and atomically."""
+    (folder / "FAILED").unlink(missing_ok=True)
+    write_atomically(folder / "DONE", json.dumps(record, indent=1) + "\n")
