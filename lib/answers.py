@@ -4,7 +4,7 @@ Two graders look at the same text, the content of the LAST ``\boxed{}`` and noth
 
 - `exact_match` compares the normal forms of two strings. It costs microseconds and settles most pairs.
 - math-verify compares them symbolically (`Verifier`). It parses LaTeX with sympy, so a completion can make it
-  slow, large or stuck: it runs in worker processes that are killed when they pass a wall-clock or memory limit.
+  slow, large or stuck: it runs in worker processes that are killed when they pass a time or memory limit.
 """
 
 import os
@@ -97,19 +97,22 @@ _RULES = [
 
 
 def _tidy(answer: str) -> str:
-    """Drop the white space that cannot matter. One blank stays where two words or two numbers would join."""
+    """Drop the white space that cannot matter. A blank stays where words or numbers would join, as in 81, 256."""
     answer = re.sub(r"(?<!\\)(?:\\[,;:\s]|~|\\q?quad(?![A-Za-z]))", " ", answer)
-    answer = re.sub(r"\s+", " ", answer).strip(" ")
-    answer = re.sub(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])|(?<=[0-9]) (?=[A-Za-z])", "", answer)
+    answer = re.sub(r"\s+", " ", answer).strip(" ").replace(" ,", ",")
+    answer = re.sub(r" (?![A-Za-z0-9])|(?<=[0-9]) (?=[A-Za-z])", "", answer)
+    answer = re.sub(r"(?<![A-Za-z0-9])(?!(?<=[0-9],) [0-9]) ", "", answer)
     return re.sub(r"(\\[A-Za-z]+) (?=[0-9])", r"\1", answer)
 
 
 def _rewrite(answer: str) -> str:
     for pattern, replacement in _RULES:
         answer = pattern.sub(replacement, answer)
-    # Between brackets a comma separates coordinates. Outside, groups of three digits make a large number.
+    # Between brackets a comma separates coordinates. Outside, groups of three digits make a large number,
+    # unless a blank follows the comma. Every comma that stays between digits gets that blank.
     if not any(bracket in answer for bracket in ("(", "[", r"\{")):
         answer = _THOUSANDS.sub(lambda number: re.sub(r"[,{}]", "", number[0]), answer)
+    answer = re.sub(r"(?<=[0-9]),(?=[0-9])", ", ", answer)
     # 90^\circ is 90, but \cos 15^\circ is not \cos 15.
     if not _TRIGONOMETRY.search(answer):
         answer = answer.replace(r"^\circ", "")
@@ -134,10 +137,10 @@ def _normal_form(tidy: str) -> str:
 def normalize(answer: str) -> str:
     r"""Normal form of an answer for comparison. Idempotent, never raises on a str, linear time.
 
-    One form for: white space, ``\left``/``\right``, ``\dfrac``/``\tfrac``/``\frac12``/``1/2``, ``\sqrt3``, ``.5``
-    and ``0.50``, ``12{,}345`` and ``12,345``, ``\$``, ``\%``, degrees, ``\text{}``, units of measure after a
-    number, a final full stop, and a single letter with an equals sign in front (``x = 5``). A unit is dropped:
-    ``5 cm`` and ``5 inches`` agree. An answer longer than `MAX_ANSWER` only has its white space tidied.
+    Dropped: white space, ``\left``, ``\right``, a final full stop, ``\text{}``, ``\$``, ``\%``, degrees,
+    units of measure after a number (``5 cm`` and ``5 inches`` agree) and one letter in front (``x = 5``).
+    One form for each of ``\dfrac12``, ``\frac{1}{2}``, ``1/2``; ``\sqrt3``, ``\sqrt{3}``; ``.5``, ``0.50``;
+    ``12{,}345``, ``12,345``. An answer longer than `MAX_ANSWER` only has its white space tidied.
     """
     tidy = _tidy(answer)
     return tidy if len(tidy) > MAX_ANSWER else _normal_form(tidy)
@@ -211,9 +214,10 @@ def _kill_all(workers: set[_Worker], owner: int) -> None:
 class Verifier:
     """Grades completions: exact match first, then math-verify in a bounded pool of processes.
 
-    workers: processes. They start when first needed (about a second) and end with this process, also if it is
-    killed. seconds: wall-clock limit for one pair, start-up not counted. memory_mb: address space of a worker,
-    MiB (Linux). cache_size: number of pairs whose verdict is remembered, least recently used out first.
+    workers: processes. They start when first needed (about a second) and end with this process, also if it
+    is killed. seconds: wall-clock limit for one pair, start-up not counted. memory_mb: address space of a
+    worker, MiB (Linux). cache_size: pairs whose verdict is remembered, least recently used out first.
+    A batch takes up to seconds x pairs / workers, so keep seconds short where completions may be hostile.
     Safe to call from any thread, a Jupyter kernel or a script without a main guard. POSIX only.
 
     Why not a library: pebble 5.2.3 kills on time-out, but its workers import the caller's main module again
@@ -273,7 +277,8 @@ class Verifier:
             return Grade(False, "unparsed", False, answer)
         ours, theirs = normalize(gold), normalize(answer)
         exact = ours != "" and ours == theirs
-        settled = shortcut and (exact or (_is_number(ours) and _is_number(theirs)))
+        differ = _is_number(ours) and _is_number(theirs) and "%" not in gold + answer  # 50\% can equal 0.5
+        settled = shortcut and (exact or differ)
         if settled or max(len(gold), len(answer)) > MAX_ANSWER:
             return Grade(exact, "exact", exact, answer)
         return Grade(False, "symbolic", exact, answer)
@@ -356,7 +361,7 @@ def _serve(descriptor: str, seconds: str, memory_mb: str) -> None:
                 return
         pair = connection.recv()
         # If the parent is killed while sympy is stuck, this ends the orphan.
-        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + 2 * float(seconds) + 5), hard))
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + float(seconds)) + 3, hard))
         # The parent keeps the time: math-verify's own limit is an alarm, which sympy can catch.
         gold, answer = (
             parse(f"\\boxed{{{text}}}", config, extraction_mode="first_match", parsing_timeout=None)

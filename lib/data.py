@@ -97,7 +97,8 @@ def _numbered_rows(folder: Path, part: str) -> Iterator[tuple[int, object]]:
                         yield number, json.loads(line)
     except json.JSONDecodeError as exc:
         line = number if path.suffix == ".jsonl" else exc.lineno
-        raise ValueError(f"{part}:{line}: not valid JSON ({exc.msg}): is the file truncated?") from None
+        what = f"{exc.msg.removesuffix(' starting at')}, column {exc.colno}"
+        raise ValueError(f"{part}:{line}: not valid JSON ({what}): is the line truncated?") from None
     except UnicodeDecodeError:
         raise ValueError(f"{part}: not UTF-8 text") from None
     except (OSError, ValueError) as exc:  # pyarrow's errors are one or the other

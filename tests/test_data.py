@@ -80,6 +80,13 @@ def test_line_numbers_count_blank_lines(tmp_path, parts):
     assert ids[:2] == ["algebra/train:2", "algebra/train:4"]
 
 
+def test_a_byte_order_mark_is_not_content(parts):
+    path = parts / "algebra/train.jsonl"
+    before = merge_parts(parts)
+    path.write_text("\ufeff" + path.read_text(), encoding="utf-8")
+    assert merge_parts(parts) == before
+
+
 def test_every_format_and_depth_gives_the_same_rows(tmp_path):
     good = rows(3)
     write_jsonl(tmp_path / "lines/a/b/train.jsonl", good)
@@ -284,6 +291,21 @@ def test_overlaps_leave_train_and_duplicates_are_reported(tmp_path, parts):
     assert not problems[0] & problems[1] and not problems[0] & problems[2] and not problems[1] & problems[2]
 
 
+def test_no_problem_is_in_two_splits_whatever_repeats(tmp_path):
+    """Every problem of train occurs three times there, and half of them in validation too."""
+    for name in ("a/train", "b/train", "c/train"):
+        write_jsonl(tmp_path / f"parts/{name}.jsonl", rows(60))
+    write_jsonl(tmp_path / "parts/a/test.jsonl", rows(30, 30))
+    out, _ = make_dataset("math", tmp_path / "math", tmp_path / "parts")
+    manifest = read_manifest(out)
+    train, validation, test = (set(load_split(out, s)["problem"]) for s in ("train", "validation", "test"))
+    assert not train & validation and not train & test and not validation & test
+    assert len(test) == 30 and train | validation == {f"{i}+1=" for i in range(30)}
+    assert min(len(manifest[f"dropped_from_{s}_split"]) for s in ("train", "validation")) > 0
+    kept = manifest["counts"]["train_split"] + manifest["counts"]["validation_split"]
+    assert kept + sum(len(manifest[f"dropped_from_{s}_split"]) for s in ("train", "validation")) == 180
+
+
 def test_the_helpers_on_three_rows():
     a, b, c = ({"sample_id": i, "problem": p} for i, p in (("a", "x"), ("b", "x"), ("c", "x ")))
     assert duplicates([a, b, c]) == [["a", "b"]]
@@ -328,6 +350,8 @@ def test_every_problem_is_true_and_has_the_stated_level():
         x, sign, y = re.fullmatch(r"(\d+)([+-])(\d+)", left).groups()
         assert value == (int(x) + int(y) if sign == "+" else int(x) - int(y)), row
         assert re.fullmatch(r"[0-9+\-=?]+", row["problem"])
+        for digit in re.findall(r"write (\d) ", row["solution"]):
+            assert int(digit) == (a + b) % 10, row
         moves = carries(a, b, sign)
         assert row["level"] == f"Level {5 if moves > 1 else (1 if a < 100 else 3) + moves}", row
         for x, sign, y, z in re.findall(r"(\d+)([+-])(\d+) = (?:\\boxed\{)?(\d+)", row["solution"]):
@@ -422,6 +446,38 @@ def test_an_error_keeps_the_data_that_were_there(tmp_path, parts):
     with pytest.raises(ValueError, match=re.escape("algebra/train.jsonl:1")):
         make_dataset("math", out, parts)
     assert snapshot(tmp_path / "o") == before and [f.name for f in (tmp_path / "o").iterdir()] == ["math"]
+
+
+BIG = """
+import resource, signal, sys
+if sys.argv[2] != "0":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+from lib.data import make_dataset
+make_dataset("arithmetic", sys.argv[1], n_train=25_000, n_test=1_000)
+"""
+
+
+@pytest.mark.parametrize("limit", [50_000, 1_000_000, 4_000_000], ids=lambda n: f"{n} bytes")
+def test_a_full_disk_leaves_no_output(tmp_path, limit):
+    """A limit on the size of a file stands for the full disk: the parts, the test or the train file fails."""
+    run = subprocess.run(
+        [sys.executable, "-c", BIG, str(tmp_path / "o/x"), str(limit)], capture_output=True, text=True
+    )
+    assert "File too large" in run.stderr
+    assert list((tmp_path / "o").iterdir()) == []
+
+
+def test_the_output_appears_whole(tmp_path):
+    """Watched from outside while it is made, the folder is either absent or complete."""
+    out, listings = tmp_path / "o/x", set()
+    process = subprocess.Popen([sys.executable, "-c", BIG, str(out), "0"])
+    while process.poll() is None:
+        if out.exists():
+            listings.add(tuple(sorted(f.name for f in out.iterdir())))
+    assert process.returncode == 0
+    listings.add(tuple(sorted(f.name for f in out.iterdir())))
+    assert len(listings) == 1 and "manifest.json" in next(iter(listings))
 
 
 def test_foreign_files_are_never_replaced(tmp_path, parts):

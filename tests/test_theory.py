@@ -128,18 +128,19 @@ def simulate(rng, q, a, b, G, m, std, level, groups):
     return np.array(rows)
 
 
-@pytest.mark.parametrize("level", theory.LEVELS)
+@pytest.mark.parametrize("level", ["rollout", "group"])  # one visit at prompt level is one at group level
 def test_simulation(rng, level):
-    """Standard errors below 1e-3, agreement within five of them (a chance of about 1e-6 a number)."""
+    """Standard errors below 2e-3, most far below; a miss of five has probability 1e-6 a number."""
     for std, m in ((True, 0.0), (False, 0.0), (True, 0.3)):
-        G = int(rng.integers(2, 33))
+        G = int(rng.integers(2, 33 if level == "rollout" else 7))
         q, a, b = rng.uniform(0.2, 0.8), *rng.uniform(0, 0.9, size=2)
         setting = (q, a, b, G, m, std, level, 0.0)
         expected = by_theory(*setting)
         expected["snr"] = q * (1 - q) * expected["gap"]  # E[X]; enumeration tests its variance
-        batches = simulate(rng, *setting[:-1], groups=200 * math.ceil(max(20_000 / G, 500)) * 4)
+        groups = max(16_000_000 // G, 400_000) if level == "rollout" else 4_000_000
+        batches = simulate(rng, *setting[:-1], groups=groups)
         error = batches.std(0, ddof=1) / math.sqrt(len(batches))
-        assert error.max() < 2e-3 and np.median(error) < 1e-3, (error, setting)
+        assert error.max() < 2e-3, (error, setting)
         for i, name in enumerate(NAMES):
             miss = abs(batches[:, i].mean() - expected[name])
             assert miss < 5 * error[i] + 2e-5, (name, miss, error[i], setting)
@@ -305,7 +306,7 @@ def test_advantages_are_trl_s(rng, std):
 
 @given(a=rates, b=rates, k=st.integers(0, 8), data=st.data())
 def test_affine_corrections(a, b, k, data):
-    """Backward correction divides mean-only advantages by J; of std advantages it keeps all but the sign of J."""
+    """Backward correction divides mean-only advantages by J; std advantages only take the sign of J."""
     J = theory.youden(a, b)
     assume(abs(J) > 1e-3)
     r = np.array(data.draw(st.permutations([1.0] * k + [0.0] * (8 - k))))

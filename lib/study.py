@@ -1,0 +1,121 @@
+"""A whole study: `python -m lib.study tiny --profile tiny` runs every notebook that is not up to date.
+
+01_data, 01b_warm_start, the grid of 02_train, 03_eval, 04_analysis; at the end the table of results and where the
+rendered notebooks are. `make study` calls this.
+"""
+
+import argparse
+import hashlib
+import os
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from lib import data, runs, sweep
+
+
+def execute(notebook: str, folder: Path, console: Console, name: str | None = None, **parameters):
+    """Execute notebooks/<notebook>.ipynb with papermill and keep it in `folder`. RuntimeError says where it stopped."""
+    import papermill
+
+    target = folder / f"{name or notebook}.ipynb"
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.time()
+    try:
+        papermill.execute_notebook(f"notebooks/{notebook}.ipynb", os.path.relpath(target, runs.ROOT), parameters,
+                                   kernel_name="python3", progress_bar=False, cwd=str(runs.ROOT))
+    except papermill.PapermillExecutionError as e:
+        raise RuntimeError(f"{notebook} stopped: {e.ename}: {e.evalue}\nsee {os.path.relpath(target, runs.ROOT)}") from None
+    console.print(f"{notebook}: {time.time() - began:.0f} s")
+
+
+def prepare(grid: list[runs.Params], folder: Path, console: Console) -> None:
+    """Data and base policies that the grid needs, made if they are not there."""
+    for data_dir in sorted({p.data_dir for p in grid}):
+        try:
+            data.read_manifest(data_dir)
+        except FileNotFoundError:
+            if data_dir not in ("arithmetic", "math"):
+                raise
+            execute("01_data", folder, console, source=data_dir, math_dir=os.environ.get("MATH_DIR"))
+    from lib import policies  # imports torch, which a finished study does not need
+
+    for p in {p.base_seed: p for p in grid}.values():
+        try:
+            policies.policy_source(p)
+        except FileNotFoundError:
+            if p.model != "tiny":
+                raise
+            execute("01b_warm_start", folder, console, f"01b_warm_start-s{p.base_seed}", profile=p.profile,
+                    base_seed=p.base_seed)
+
+
+def state(grid: list[runs.Params], *notebooks: str) -> str:
+    """A digest of everything that evaluation and analysis read: finished runs, the study and the notebooks."""
+    finished = {runs.run_id(p): (p.folder / "DONE").read_text() if runs.status(p.folder) == "done" else
+                runs.status(p.folder) for p in grid}
+    sources = [hashlib.sha256((runs.ROOT / f"notebooks/{n}.ipynb").read_bytes()).hexdigest() for n in notebooks]
+    return runs.digest([finished, sources], 64)
+
+
+def to_html(notebook: Path) -> Path:
+    """Render an executed notebook beside itself."""
+    from nbconvert import HTMLExporter
+
+    page = notebook.with_suffix(".html")
+    page.write_text(HTMLExporter(template_name="lab").from_filename(str(notebook))[0])
+    return page
+
+
+def print_results(folder: Path, console: Console):
+    """The table of results and where to read more."""
+    results = pd.read_csv(folder / "results.csv")
+    table = Table(*map(str, results.columns), title=f"{folder.name}: results")
+    for row in results.itertuples(index=False):
+        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row))
+    console.print(table)
+    for path in (folder / "04_analysis.ipynb", folder / "04_analysis.html", *sorted((folder / "figures").glob("*.png"))):
+        console.print(os.path.relpath(path, runs.ROOT))
+
+
+def main(argv=None) -> int:
+    """Command line; the exit status is 1 if a run failed and 2 if something was refused or a notebook stopped."""
+    parser = argparse.ArgumentParser(prog="python -m lib.study", description=__doc__.splitlines()[0])
+    parser.add_argument("study")
+    parser.add_argument("--profile", default="tiny")
+    sweep.add_options(parser)
+    args = parser.parse_args(argv)
+    os.chdir(runs.ROOT)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    try:
+        study, grid = runs.load_study(args.study, args.profile)
+        folder = runs.ROOT / grid[0].output_dir
+        console.print(f"{study.title}: {len(grid)} runs, profile {args.profile}, in {grid[0].output_dir}")
+        prepare(grid, folder, console)
+        failed = sweep.run_grid(grid, console=console, **sweep.options(args))
+        study_name = Path(args.study).stem
+        for notebook, stamp, reads in (("03_eval", ".evaluated", ("03_eval",)),
+                                       ("04_analysis", ".analysed", ("03_eval", "04_analysis"))):
+            seen, now = folder / "runs" / stamp, state(grid, *reads)
+            if seen.exists() and seen.read_text() == now:
+                console.print(f"{notebook} is up to date: nothing to do.")
+                continue
+            given = {"study": study_name} | ({"profile": args.profile} if notebook == "03_eval" else
+                                             {"study": folder.name})
+            execute(notebook, folder, console, **given)
+            runs.write_atomically(seen, now)
+            if notebook == "04_analysis":
+                to_html(folder / "04_analysis.ipynb")
+    except (ValueError, RuntimeError, OSError) as e:
+        print(e, file=sys.stderr)
+        return 2
+    print_results(folder, console)
+    return sweep.report(failed, grid)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""Run the grid of a study: `python -m lib.sweep params/studies/flip.yaml --profile tiny`.
+
+Each cell is one Ray task that executes 02_train with papermill. Finished runs are skipped, interrupted ones go on from
+their last checkpoint, and a run that fails leaves its executed notebook and does not stop the others.
+"""
+
+import argparse
+import os
+import sys
+import time
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from lib import runs
+
+NO_RETRY = ("ValueError", "FileNotFoundError")  # the same parameters would fail in the same way
+
+
+def execute(params: dict) -> dict:
+    """Execute one run in this process: {"status": "done" | "failed", "message": ..., "retry": ...}."""
+    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    folder = runs.Params(**params).folder
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(str(runs.ROOT / "notebooks/02_train.ipynb"), str(folder / "notebook.ipynb"), params,
+                                   kernel_name="python3", progress_bar=False, cwd=str(runs.ROOT))
+        return {"status": "done"}
+    except PapermillExecutionError as e:
+        message, retry = f"{e.ename}: {e.evalue}", e.ename not in NO_RETRY
+    except Exception as e:  # the kernel died, the disk is full, ...: this run failed, the others go on
+        message, retry = f"{type(e).__name__}: {e}", True
+    runs.write_atomically(folder / "FAILED", message + "\n")
+    return {"status": "failed", "message": message, "retry": retry}
+
+
+def run_grid(grid: list[runs.Params], address: str | None = None, cpus_per_run: float = 1, gpus_per_run: float = 0,
+             max_retries: int = 1, console: Console | None = None) -> dict[str, str]:
+    """Execute all cells that are not done; returns {run_id: message} of those that failed."""
+    console = console or Console()
+    todo = [p for p in grid if runs.status(p.folder) != "done"]
+    board = {runs.run_id(p): "waiting" if p in todo else "done" for p in grid}
+    if not todo:
+        console.print(f"All {len(grid)} runs are done: nothing to do.")
+        return {}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")
+    task = ray.remote(num_cpus=cpus_per_run, num_gpus=gpus_per_run, max_retries=0, max_calls=1)(execute)
+    slots = max(1, int(min(ray.cluster_resources().get("CPU", 1) / cpus_per_run if cpus_per_run else len(todo),
+                           ray.cluster_resources().get("GPU", 0) / gpus_per_run if gpus_per_run else len(todo))))
+    began, took, failed, tries = time.time(), [], {}, {}
+    waiting, running = list(todo), {}
+    try:
+        with Live(console=console, refresh_per_second=2, transient=True) as live:
+            while waiting or running:
+                while waiting and len(running) < slots:
+                    p = waiting.pop(0)
+                    tries[runs.run_id(p)] = tries.get(runs.run_id(p), 0) + 1
+                    running[task.remote(p.model_dump())] = (p, time.time())
+                    board[runs.run_id(p)] = "running"
+                live.update(progress(board, took, len(waiting) + len(running), slots, began))
+                ready, _ = ray.wait(list(running), timeout=1)
+                for ref in ready:
+                    p, since = running.pop(ref)
+                    name = runs.run_id(p)
+                    try:
+                        result = ray.get(ref)
+                    except Exception as e:  # the worker process itself was killed
+                        result = {"status": "failed", "message": f"{type(e).__name__}: {e}", "retry": True}
+                    if result["status"] == "failed" and result["retry"] and tries[name] <= max_retries:
+                        waiting.append(p)
+                        board[name] = "waiting"
+                        continue
+                    took.append(time.time() - since)
+                    board[name] = result["status"]
+                    if result["status"] == "failed":
+                        failed[name] = result["message"]
+                    done = sum(s == "done" for s in board.values())
+                    console.print(f"{done:4}/{len(grid)} done  {name}  {result['status']}  {took[-1]:.0f} s")
+    finally:
+        ray.shutdown()
+    console.print(f"{len(took)} runs in {time.time() - began:.0f} s, {slots} at a time")
+    return failed
+
+
+def progress(board: dict[str, str], took: list[float], left: int, slots: int, began: float) -> Table:
+    """The live table: how many runs are done, running, failed and waiting, and when the rest should be done."""
+    count = {s: sum(v == s for v in board.values()) for s in ("done", "running", "failed", "waiting")}
+    eta = f"{sum(took) / len(took) * left / slots / 60:.0f} min" if took else "?"
+    table = Table(*count, "elapsed", "left (estimate)")
+    table.add_row(*map(str, count.values()), f"{(time.time() - began) / 60:.0f} min", eta)
+    return table
+
+
+def plan(grid: list[runs.Params]) -> Table:
+    """The cells of a study and what is there already."""
+    table = Table("run", "arm", "seed", "base", "status")
+    for p in grid:
+        table.add_row(runs.run_id(p), runs.describe(p)[0], str(p.seed), str(p.base_seed), runs.status(p.folder))
+    return table
+
+
+def add_options(parser: argparse.ArgumentParser):
+    """Options that decide where and how many runs execute."""
+    parser.add_argument("--address", help="address of a running Ray cluster that shares this folder")
+    parser.add_argument("--cpus-per-run", type=float, default=1)
+    parser.add_argument("--gpus-per-run", type=float, default=0, help="0.25 lets four runs share a GPU")
+    parser.add_argument("--max-retries", type=int, default=1, help="of a run that was killed or crashed")
+
+
+def options(args: argparse.Namespace) -> dict:
+    """Those options as keyword arguments of run_grid."""
+    return {name: getattr(args, name) for name in ("address", "cpus_per_run", "gpus_per_run", "max_retries")}
+
+
+def report(failed: dict[str, str], grid: list[runs.Params]) -> int:
+    """Say which runs failed and where their notebooks are; returns the exit status."""
+    for name, message in failed.items():
+        print(f"FAILED {name}: {message.splitlines()[0][:300]}\n"
+              f"       see {grid[0].output_dir}/runs/{name}/notebook.ipynb", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def main(argv=None) -> int:
+    """Command line; the exit status is 1 if a run failed and 2 if the parameters were refused."""
+    parser = argparse.ArgumentParser(prog="python -m lib.sweep", description=__doc__.splitlines()[0])
+    parser.add_argument("study", help="name or file of a study in params/studies")
+    parser.add_argument("--profile", default="tiny", help="name of a profile in params/profiles")
+    add_options(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the cells and what is done")
+    args = parser.parse_args(argv)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    try:
+        study, grid = runs.load_study(args.study, args.profile)
+    except ValueError as e:
+        print(e, file=sys.stderr)
+        return 2
+    console.print(f"{study.title}: {len(grid)} runs, profile {args.profile}")
+    if args.dry_run:
+        console.print(plan(grid))
+        return 0
+    return report(run_grid(grid, console=console, **options(args)), grid)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

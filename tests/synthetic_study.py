@@ -1,0 +1,82 @@
+"""Tables of a study as 03_eval writes them, made from a logistic model instead of trained policies."""
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import special
+
+from lib.noise import channel
+from lib.runs import describe
+
+RATES = ("label_flip_rate", "mask_rate", "false_positive_rate", "false_negative_rate", "abstain_rate")
+TINY = [{}, *({"label_flip_rate": p} for p in (0.1, 0.2, 0.3, 0.4, 0.5)), *({"mask_rate": m} for m in (0.3, 0.6, 0.9))]
+
+
+def write_study(folder: Path, arms: list[dict] = TINY, seeds=(0, 1, 2), base_seeds=(0,), questions=120, k=4,
+                steps=40, unfinished: dict[int, str] | None = None, rewards_log=False) -> Path:
+    """Write runs.csv, summary.csv, eval.parquet and metrics.parquet to `folder`; returns it.
+
+    arms: parameters that differ from a clean run. unfinished: position of a run -> its status instead of done.
+    rewards_log: also write runs/<run_id>/rewards.parquet, the log from which realised rates are counted.
+    """
+    rng = np.random.default_rng(0)
+    difficulty, ids = rng.normal(0, 1.3, questions), np.array([f"add/test:{i + 1}" for i in range(questions)])
+    level = np.where(difficulty > 0.7, "Level 1", np.where(difficulty > -0.7, "Level 2", "Level 3"))
+    runs, summary, evals, metrics = [], [], [], []
+
+    def evaluate(run_id, skill):
+        logit = skill + difficulty + rng.normal(0, 0.4, questions)
+        for decoding, samples, sharper in (("sampled", k, 1.0), ("greedy", 1, 1.8)):
+            right = rng.random((samples, questions)) < special.expit(sharper * logit)
+            symbolic = right | (rng.random(right.shape) < 0.01)
+            evals.append(pd.DataFrame({
+                "run_id": run_id, "sample_id": np.tile(ids, samples), "level": np.tile(level, samples),
+                "type": "arithmetic", "decoding": decoding, "sample": np.repeat(np.arange(samples), questions),
+                "exact": right.ravel(), "symbolic": symbolic.ravel(),
+                "method": np.where(right.ravel(), "exact", "symbolic")}))
+        both = pd.concat(evals[-2:])
+        means = both.groupby("decoding")[["exact", "symbolic"]].mean()
+        return {f"{d}_{g}": means.loc[d, g] for d, g in product(("sampled", "greedy"), ("exact", "symbolic"))} | {
+            "n_questions": questions, "k": k, "disagreement": (both["exact"] != both["symbolic"]).mean()}
+
+    for b in base_seeds:
+        summary.append({"run_id": f"base-s{b}", "arm": "base", "channel": "base", "base_seed": b} | evaluate(
+            f"base-s{b}", -0.8))
+    for i, (arm, b, seed) in enumerate(product(arms, base_seeds, seeds)):
+        params = dict.fromkeys(RATES, 0.0) | {"noise_level": "rollout", "reward": "accuracy", "learning_rate": 1e-3,
+                                              "grpo_beta": 0.0, "seed": seed, "base_seed": b, "noise_seed": seed,
+                                              "per_device_train_batch_size": 128, "max_steps": steps} | arm
+        name, kind, rate = describe(params)
+        noise = channel(**{c: params[c] for c in RATES}, noise_level=params["noise_level"])
+        run_id = f"{name.replace(' ', '-')}-s{seed}-{i:08x}"
+        status = (unfinished or {}).get(i, "done")
+        runs.append({"run_id": run_id, "status": status} | params)
+        if status != "done":
+            continue
+        gain = 3.2 * noise.J**0.5 if noise.J > 0 else -0.3
+        skill = -0.8 + gain * (params["learning_rate"] / 1e-3) ** 0.2 + rng.normal(0, 0.12)
+        summary.append({"run_id": run_id, "arm": name, "channel": kind, "rate": rate, "J": noise.J, "seed": seed,
+                        "base_seed": b} | evaluate(run_id, skill))
+        step = np.arange(1, steps + 1)
+        clean = special.expit(-0.8 + (skill + 0.8) * (1 - np.exp(-3 * step / steps))) + rng.normal(0, 0.03, steps)
+        clean = clean.clip(0, 1)
+        a, fn = noise.false_positive_rate, noise.false_negative_rate
+        metrics.append(pd.DataFrame({
+            "run_id": run_id, "step": step, "clean_mean": clean, "observed_mean": a + noise.J * clean,
+            "realised_false_positive_rate": rng.binomial(70, a, steps) / 70,
+            "realised_false_negative_rate": rng.binomial(58, fn, steps) / 58, "frac_reward_zero_std": 0.1}))
+        if rewards_log:
+            true = rng.random(2000) < 0.5
+            changed = rng.random(2000) < np.where(true, fn, a)
+            (folder / "runs" / run_id).mkdir(parents=True)
+            pd.DataFrame({"true_reward": true.astype(int), "observed_reward": (true ^ changed).astype(float),
+                          "format_ok": True}).to_parquet(folder / "runs" / run_id / "rewards.parquet")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(runs).to_csv(folder / "runs.csv", index=False)
+    pd.DataFrame(summary).to_csv(folder / "summary.csv", index=False)
+    table = pd.concat(evals).astype(dict.fromkeys(("run_id", "sample_id", "method"), "category"))
+    table.astype({"sample": "int8"}).to_parquet(folder / "eval.parquet")
+    pd.concat(metrics).to_parquet(folder / "metrics.parquet")
+    return folder
