@@ -20,7 +20,7 @@ study: setup
 
 test: setup
 	@$(BIN)/ruff check lib tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --nbval tests notebooks/helpers
 
 lab: setup
 	@$(BIN)/jupyter lab notebooks

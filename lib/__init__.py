@@ -1,1 +1,11 @@
-"""Helpers that two or more notebooks share. The notebooks hold the story and the training loop."""
+"""Helpers that two or more notebooks share. The notebooks hold the story and the training loop.
+
+ROOT is the project; WORK is where `data/`, `models/` and `outputs/` are: the project too, unless the environment
+variable GRPO_NOISE_WORK names another folder (a scratch disk of a cluster, say).
+"""
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+WORK = Path(os.environ.get("GRPO_NOISE_WORK", ROOT)).expanduser().resolve()

@@ -20,9 +20,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from lib import ROOT, WORK
 from lib.answers import last_boxed
 
-ROOT = Path(__file__).resolve().parents[1]
 HUB_DATASET = "fdyrd/MATH"
 FIELDS = ("problem", "level", "type", "solution")
 LEVELS = ("Level 1", "Level 2", "Level 3", "Level 4", "Level 5", "Level ?")  # MATH has two rows of "Level ?"
@@ -34,17 +34,17 @@ SPLIT_FILES = {"train": "train_split.jsonl", "validation": "validation_split.jso
 
 
 def data_folder(data_dir: str | Path) -> Path:
-    """`arithmetic` and `data/arithmetic` both mean <project>/data/arithmetic; an absolute path stays."""
+    """`arithmetic` and `data/arithmetic` both mean <workspace>/data/arithmetic; an absolute path stays."""
     path = Path(data_dir).expanduser()
     if path.is_absolute():
         return path
-    return ROOT / path if path.parts[:1] == ("data",) else ROOT / "data" / path
+    return WORK / path if path.parts[:1] == ("data",) else WORK / "data" / path
 
 
 def shown(path: Path) -> str:
     """The path from the project root when it lies below it, else its last two parts."""
     path = Path(path).resolve()
-    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else "/".join(path.parts[-2:])
+    return path.relative_to(WORK).as_posix() if path.is_relative_to(WORK) else "/".join(path.parts[-2:])
 
 
 # ---- reading and merging parts -------------------------------------------------------------------

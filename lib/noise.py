@@ -77,15 +77,21 @@ def uniforms(noise_seed: int, level: str, step, sample_id, rollout, stream: str 
         keys.append(np.asarray(step))
     if level == "rollout":
         keys.append(np.asarray(rollout))
-    h = np.full(len(sample_id), _mix(np.uint64(noise_seed % 2**64)))
+    h = np.full(len(sample_id), _mix(np.uint64(int(noise_seed) % 2**64)))
     for key in (_STREAMS[stream], LEVELS.index(level), *keys):
         h = _mix(h ^ np.asarray(key).astype(np.uint64))
     return (h >> np.uint64(11)) * 2.0**-53
 
 
 def observe(chan: Channel, true_reward, noise_seed: int, step, sample_id, rollout) -> np.ndarray:
-    """Observed rewards: float64 (n,) of 0, 1 or NaN (withheld), from true rewards (n,) of 0 or 1 and their keys."""
+    """Observed rewards: float64 (n,) of 0, 1 or NaN (withheld), from true rewards (n,) of 0 or 1 and their keys.
+
+    Raises ValueError if a true reward is something else, NaN included: a channel is defined for verdicts only.
+    """
     t = np.asarray(true_reward, float)
+    binary = (t == 0) | (t == 1)
+    if not binary.all():
+        raise ValueError(f"a true reward must be 0 or 1, got {t[~binary][0]:g} in row {np.flatnonzero(~binary)[0]}")
     u = uniforms(noise_seed, chan.level, step, sample_id, rollout)
     rate = np.where(t == 1, chan.false_negative_rate, chan.false_positive_rate)
     r = np.where(u < rate, 1 - t, t)
@@ -105,7 +111,7 @@ def replay(log: pd.DataFrame, chan: Channel, noise_seed: int) -> pd.DataFrame:
     if missing:
         raise ValueError(f"the reward log lacks the columns {sorted(missing)}: is this a rewards.parquet of a run?")
     if log.duplicated(key).any():
-        raise ValueError(f"{log.duplicated(key).sum()} completions are logged twice: the log was not written by one run")
+        raise ValueError(f"{log.duplicated(key).sum()} completions are logged twice: the log is not that of one run")
     drawn = observe(chan, log.true_reward, noise_seed, log.step, log.sample_id.astype(str).tolist(), log.rollout)
     same = (drawn == log.observed_reward) | (np.isnan(drawn) & log.observed_reward.isna())
     return log[~same].assign(drawn=drawn[~same])

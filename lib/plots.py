@@ -3,6 +3,7 @@
 One style for all: seaborn's colour-blind palette, a marker for each channel, 8 x 4.5 inches at 150 dpi.
 Accuracies and differences are fractions in the frames and percent on the axes. A NaN bound draws no bar.
 """
+import textwrap
 from itertools import cycle
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
 SIZE, DPI = (8, 4.5), 150
@@ -19,7 +22,7 @@ STYLE = {"font.size": 11, "axes.titlesize": 12, "axes.titlelocation": "left", "l
          "figure.constrained_layout.use": True, "figure.dpi": DPI, "savefig.dpi": DPI}
 COLOURS = sns.color_palette("colorblind")
 CHANNELS = {"flip": (COLOURS[0], "o"), "mask": (COLOURS[1], "s"), "false positives": (COLOURS[2], "^"),
-            "false negatives": (COLOURS[4], "v"), "abstain": (COLOURS[8], "D")}
+            "false negatives": (COLOURS[4], "v"), "abstain": (COLOURS[3], "D")}
 CLEAN, BASE = "black", "0.45"
 
 
@@ -34,7 +37,7 @@ def save(fig: Figure, path: str | Path) -> Path:
 
 def looks(channels) -> dict[str, tuple]:
     """(colour, marker) of each channel; channels without a fixed look share the remaining ones in turn."""
-    spare = cycle(zip([COLOURS[3], COLOURS[5], COLOURS[7], COLOURS[9]], "PX*h", strict=True))
+    spare = cycle(zip([COLOURS[9], COLOURS[5], COLOURS[7], COLOURS[6]], "PX*h", strict=True))
     return {c: CHANNELS[c] if c in CHANNELS else next(spare) for c in channels}
 
 
@@ -44,15 +47,15 @@ def _need(frame: pd.DataFrame, *columns: str):
         raise ValueError(f"nothing to draw: the frame has {len(frame)} rows and lacks the columns {missing}")
 
 
-def _axes(rows: int = 1, cols: int = 1, size=SIZE, **kwargs) -> tuple[Figure, np.ndarray]:
-    with plt.rc_context(STYLE):
-        return plt.subplots(rows, cols, figsize=size, squeeze=False, **kwargs)
-
-
 def _points(ax, x, rows: pd.DataFrame, colour, marker="o", label=None, line=False):
     bars = np.abs(rows[["low", "high"]].to_numpy(float).T - rows["estimate"].to_numpy(float))
-    ax.errorbar(x, rows["estimate"], bars, color=colour, marker=marker, label=label, capsize=3, elinewidth=1.5,
-                markersize=6, linestyle="-" if line else "none", linewidth=1.2)
+    ax.errorbar(x, rows["estimate"], bars, color=colour, marker=marker, label=label, capsize=3,
+                elinewidth=1.5, markersize=6, linestyle="-" if line else "none", linewidth=1.2)
+
+
+def _legend(fig, ax):
+    handles, labels = ax.get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), fontsize=10)
 
 
 def _accuracy_axis(ax, base):
@@ -61,6 +64,7 @@ def _accuracy_axis(ax, base):
         ax.axhline(base, color=BASE, linestyle="--", linewidth=1.2, label="base policy, before training")
 
 
+@plt.rc_context(STYLE)
 def noise_curve(table: pd.DataFrame, base: float | None = None) -> Figure:
     """Accuracy against the noise rate, a line a channel from the clean point at rate 0, bars = intervals.
 
@@ -68,7 +72,7 @@ def noise_curve(table: pd.DataFrame, base: float | None = None) -> Figure:
     """
     _need(table, "channel", "rate", "estimate", "low", "high")
     clean, noisy = table[table["channel"] == "clean"], table[table["channel"] != "clean"]
-    fig, ((ax,),) = _axes()
+    fig, ((ax,),) = plt.subplots(figsize=SIZE, squeeze=False)
     styles = looks(noisy["channel"].unique())
     for i, (channel, (colour, marker)) in enumerate(styles.items()):
         rows = noisy[noisy["channel"] == channel].sort_values("rate")
@@ -81,31 +85,35 @@ def noise_curve(table: pd.DataFrame, base: float | None = None) -> Figure:
         _points(ax, clean["rate"], clean, CLEAN, "o", "clean")
     _accuracy_axis(ax, base)
     ax.set(xlabel="noise rate", ylabel="accuracy")
-    ax.legend(loc="best")
+    _legend(fig, ax)
     return fig
 
 
+@plt.rc_context(STYLE)
 def j_axis(table: pd.DataFrame, base: float | None = None) -> Figure:
-    """Accuracy against J = 1 - a - b, the signal left in the reward; J falls to the right. Needs column J too.
+    """Accuracy against J = 1 - a - b, the signal left in the reward; J falls to the right. Needs column J.
 
     If the kind of noise did not matter, all channels would fall on one line.
     """
     _need(table, "channel", "J", "estimate", "low", "high")
-    fig, ((ax,),) = _axes()
+    fig, ((ax,),) = plt.subplots(figsize=SIZE, squeeze=False)
     noisy = table[table["channel"] != "clean"]
-    for channel, (colour, marker) in looks(noisy["channel"].unique()).items():
+    styles = looks(noisy["channel"].unique())
+    for i, (channel, (colour, marker)) in enumerate(styles.items()):
         rows = noisy[noisy["channel"] == channel].sort_values("J")
-        _points(ax, rows["J"], rows, colour, marker, channel, line=True)
+        shift = 0.006 * ((len(styles) - 1) / 2 - i)  # bars at one J stay apart
+        _points(ax, rows["J"] + shift, rows, colour, marker, channel, line=True)
     clean = table[table["channel"] == "clean"]
     if len(clean):
         _points(ax, clean["J"], clean, CLEAN, "o", "clean")
     _accuracy_axis(ax, base)
     ax.invert_xaxis()
     ax.set(xlabel="J = 1 − a − b (1: clean, 0: no signal, below 0: reversed)", ylabel="accuracy")
-    ax.legend(loc="best")
+    _legend(fig, ax)
     return fig
 
 
+@plt.rc_context(STYLE)
 def training_curves(metrics: pd.DataFrame, arms: list[str] | None = None, window: int | None = None,
                     columns: int = 3) -> Figure:
     """Clean and observed mean reward by training step, a panel an arm; band = range over the runs of the arm.
@@ -119,7 +127,8 @@ def training_curves(metrics: pd.DataFrame, arms: list[str] | None = None, window
     window = window or max(1, metrics["step"].nunique() // 20)
     columns = min(columns, len(arms))
     rows = -(-len(arms) // columns)
-    fig, axes = _axes(rows, columns, (8, max(3.2, 2.4 * rows)), sharex=True, sharey=True)
+    fig, axes = plt.subplots(rows, columns, figsize=(8, max(3.2, 2.4 * rows)), squeeze=False, sharex=True,
+                             sharey=True)
     lines = (("clean_mean", "clean reward (what we want)", COLOURS[2], "-"),
              ("observed_mean", "observed reward (what GRPO sees)", COLOURS[3], "--"))
     for ax, arm in zip(axes.flat, arms, strict=False):
@@ -128,9 +137,9 @@ def training_curves(metrics: pd.DataFrame, arms: list[str] | None = None, window
             runs = part.pivot(index="step", columns="run_id", values=column).sort_index()
             runs = runs.rolling(window, min_periods=1, center=True).mean()
             ax.plot(runs.index, runs.mean(axis=1), color=colour, linestyle=style, label=label)
-            ax.fill_between(runs.index, runs.min(axis=1), runs.max(axis=1), color=colour, alpha=0.2, linewidth=0)
+            ax.fill_between(runs.index, runs.min(axis=1), runs.max(axis=1), color=colour, alpha=0.2, lw=0)
         n = part["run_id"].nunique()
-        ax.set_title(f"{arm}, {n} run{'s' * (n != 1)}", fontsize=10)
+        ax.set_title(textwrap.fill(f"{arm}, {n} run{'s' * (n != 1)}", 96 // columns), fontsize=10)
         ax.set_ylim(-0.02, 1.02)
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     for ax in list(axes.flat)[len(arms):]:
@@ -140,6 +149,7 @@ def training_curves(metrics: pd.DataFrame, arms: list[str] | None = None, window
     return fig
 
 
+@plt.rc_context(STYLE)
 def by_level(table: pd.DataFrame) -> Figure:
     """Accuracy by difficulty level, a panel a channel, a shade a rate; clean in black in every panel.
 
@@ -151,12 +161,12 @@ def by_level(table: pd.DataFrame) -> Figure:
     channels = [c for c in table["channel"].unique() if c != "clean"] or ["clean"]
     cols = min(len(channels), 3)
     rows = -(-len(channels) // cols)
-    fig, axes = _axes(rows, cols, (8, max(3.6, 3.0 * rows)), sharex=True, sharey=True)
+    fig, axes = plt.subplots(rows, cols, figsize=(8, max(3.8, 3.4 * rows)), squeeze=False, sharey=True)
     for ax, channel in zip(axes.flat, channels, strict=False):
         part = table[table["channel"] == channel] if channel != "clean" else table.iloc[:0]
         rates = sorted(part["rate"].unique())
         shades = sns.color_palette("viridis_r", len(rates) + 1)[1:]
-        drawn = [(clean, CLEAN, "clean")] + [(part[part["rate"] == r], c, f"{r:g}")
+        drawn = [(clean, CLEAN, "clean")] + [(part[part["rate"] == r], c, f"{r:g}" if r else channel)
                                              for r, c in zip(rates, shades, strict=True)]
         for i, (one, colour, label) in enumerate(drawn):
             one = one.sort_values("level")
@@ -165,20 +175,24 @@ def by_level(table: pd.DataFrame) -> Figure:
         ax.set_title(channel)
         ax.set_xticks(range(len(levels)), [str(v).replace("Level ", "") for v in levels])
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        ax.legend(title="rate", fontsize=9, title_fontsize=9, ncols=2, handlelength=1)
+        ax.legend(title="rate", fontsize=9, title_fontsize=9, ncols=4, handlelength=1, columnspacing=1,
+                  loc="upper center", bbox_to_anchor=(0.5, -0.18))
+        ax.set_xlabel("level")
     for ax in list(axes.flat)[len(channels):]:
         ax.set_visible(False)
-    fig.supxlabel("level", fontsize=11)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("accuracy")
     return fig
 
 
+@plt.rc_context(STYLE)
 def paired_differences(table: pd.DataFrame, alpha: float = 0.05) -> Figure:
     """Forest plot of the differences from clean. Filled: significant after Holm. Grey: too small to be found.
 
-    `table`: arm, channel, difference, difference_low, difference_high, p_holm, mde (half-width of the grey band).
+    `table`: arm, channel, difference, difference_low, difference_high, p_holm, mde (half-width of the band).
     """
     _need(table, "arm", "channel", "difference", "difference_low", "difference_high", "p_holm", "mde")
-    fig, ((ax,),) = _axes(size=(8, max(2.8, 1.2 + 0.38 * len(table))))
+    fig, ((ax,),) = plt.subplots(figsize=(8, max(2.8, 1.5 + 0.36 * len(table))), squeeze=False)
     styles = looks(table["channel"].unique())
     for y, row in enumerate(table.itertuples()):
         colour, marker = styles[row.channel]
@@ -193,4 +207,8 @@ def paired_differences(table: pd.DataFrame, alpha: float = 0.05) -> Figure:
     ax.grid(axis="y", visible=False)
     ax.xaxis.set_major_formatter(lambda v, _: f"{100 * v:+.0f}" if abs(v) > 1e-9 else "0")
     ax.set_xlabel("difference from clean, percentage points")
+    dot = {"linestyle": "none", "marker": "o", "color": "0.3", "markersize": 7}
+    fig.legend([Line2D([], [], **dot), Line2D([], [], **dot, markerfacecolor="white"), Patch(color="0.85")],
+               [f"p < {alpha:g} after Holm", "not significant", "below the minimum detectable effect"],
+               loc="outside upper center", ncols=3, fontsize=10)
     return fig

@@ -23,7 +23,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-MODELS = Path(__file__).parents[1] / "models"
+from lib import WORK
+
+MODELS = WORK / "models"
 BOX = "\\boxed{"
 TINY_VOCAB = ["<pad>", "<eos>", "<unk>", BOX, "}", *"0123456789", "+", "-", "=", "?"]
 
@@ -50,21 +52,13 @@ def tiny_model(seed: int, hidden_size: int = 96, num_layers: int = 2) -> Qwen2Fo
 
 
 def policy_source(params) -> str:
-    """Folder or hub id of a run's base policy. FileNotFoundError, with the command to run, if it is not there yet."""
+    """Folder or hub id of a run's base policy (`runs.check_inputs` says what is missing, before torch is loaded)."""
     if params.model == "tiny":
-        folder = MODELS / f"tiny-s{params.base_seed}"
-        if not (folder / "policy.json").exists():
-            raise FileNotFoundError(
-                f"the base policy models/{folder.name} has not been built: run\n  papermill notebooks/"
-                f"01b_warm_start.ipynb outputs/01b_warm_start.ipynb -p profile tiny -p base_seed {params.base_seed}")
-        return str(folder)
+        return str(MODELS / f"tiny-s{params.base_seed}")
     if params.model == "smol":
         return str(smol_folder())
-    if Path(params.model).expanduser().is_dir():
-        return str(Path(params.model).expanduser())
-    if params.model.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"model={params.model!r} is not a folder: give a folder with config.json, or a hub id")
-    return params.model
+    local = Path(params.model).expanduser()
+    return str(local) if local.is_dir() else params.model
 
 
 def smol_folder() -> Path:

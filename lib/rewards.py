@@ -5,6 +5,9 @@ generation batch, completions of a prompt side by side, and expects one float (o
 """
 
 import os
+import shutil
+from collections import defaultdict
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +37,8 @@ def accuracy_reward(verifier: Verifier):
 
 
 def format_reward(completions, **_):
-    """1.0 where the completion has a box that can be parsed, else 0.0: the answer in it is not looked at."""
-    return [float(bool(last_boxed(text_of(c)))) for c in completions]
+    """1.0 where the last box is closed and not blank, else 0.0: the answer in it is not looked at."""
+    return [float(bool((last_boxed(text_of(c)) or "").strip())) for c in completions]
 
 
 def noisy_reward(verifier: Verifier, chan: noise.Channel, noise_seed: int, log_folder, source: str = "accuracy"):
@@ -55,7 +58,8 @@ def noisy_reward(verifier: Verifier, chan: noise.Channel, noise_seed: int, log_f
         grades = verifier.grade(list(answer), texts)
         t = np.array([g.correct for g in grades], int)
         format_ok = np.array([g.method != "unparsed" for g in grades])
-        rollout = pd.Series(sample_id).groupby(sample_id).cumcount().to_numpy()
+        visits = defaultdict(count)
+        rollout = np.array([next(visits[s]) for s in sample_id])
         step = np.full(len(t), trainer_state.global_step)
         shown = t if source == "accuracy" else format_ok.astype(int)
         r = noise.observe(chan, shown, noise_seed, step, sample_id, rollout)
@@ -71,7 +75,7 @@ def noisy_reward(verifier: Verifier, chan: noise.Channel, noise_seed: int, log_f
 
 
 def realised_rates(true_reward, observed_reward) -> dict[str, float]:
-    """Clean mean, observed mean, and the shares of wrong answers rewarded and right answers not; NaN where undefined."""
+    """Clean mean, observed mean, shares of wrong answers rewarded and of right answers not; NaN where undefined."""
     t, r = np.asarray(true_reward), np.asarray(observed_reward, float)
     kept = ~np.isnan(r)
 
@@ -86,7 +90,9 @@ def realised_rates(true_reward, observed_reward) -> dict[str, float]:
 def write_step(folder: Path, table: pa.Table):
     """One generation step as one file, so a kill between steps loses nothing and a repeated step replaces itself."""
     name = folder / f"step-{table['step'][0].as_py():06d}.parquet"
-    pq.write_table(table, name.with_suffix(".part"), compression="none", use_dictionary=False, write_statistics=False)
+    memory = pa.BufferOutputStream()  # one system call instead of thirty small ones
+    pq.write_table(table, memory, compression="none", use_dictionary=False, write_statistics=False)
+    name.with_suffix(".part").write_bytes(memory.getvalue())
     os.replace(name.with_suffix(".part"), name)
 
 
@@ -95,6 +101,10 @@ def drop_steps_from(log_folder, step: int):
     for file in Path(log_folder).glob("step-*.parquet"):
         if int(file.stem.split("-")[1]) >= step:
             file.unlink()
+    joined = Path(log_folder).parent / "rewards.parquet"
+    if joined.exists():  # the run was killed between joining its log and being done
+        log = pd.read_parquet(joined)
+        _write_log(joined, log[log.step < step])
 
 
 def read_log(run_folder) -> pd.DataFrame:
@@ -102,15 +112,21 @@ def read_log(run_folder) -> pd.DataFrame:
     whole, parts = Path(run_folder) / "rewards.parquet", sorted(Path(run_folder).glob("rewards/step-*.parquet"))
     if not whole.exists() and not parts:
         raise FileNotFoundError(f"{Path(run_folder).name} has no reward log: it stopped before its first step")
-    return pd.concat(map(pd.read_parquet, [whole] if whole.exists() else parts), ignore_index=True)
+    steps = [pd.read_parquet(p) for p in parts]
+    if whole.exists():  # with step files beside it after a kill: a step's own file is the newer one
+        joined = pd.read_parquet(whole)
+        steps.insert(0, joined[~joined.step.isin({s.step.iloc[0] for s in steps})])
+    return pd.concat(steps).sort_values("step", kind="stable", ignore_index=True)
 
 
 def join_log(run_folder):
     """Join the steps' files into `rewards.parquet` (atomically), then remove them."""
-    run_folder = Path(run_folder)
-    part = run_folder / "rewards.parquet.part"
-    pq.write_table(pa.Table.from_pandas(read_log(run_folder), LOG_SCHEMA, preserve_index=False), part)
-    os.replace(part, run_folder / "rewards.parquet")
-    for file in (run_folder / "rewards").glob("step-*.parquet"):
-        file.unlink()
-    (run_folder / "rewards").rmdir()
+    _write_log(Path(run_folder) / "rewards.parquet", read_log(run_folder))
+    if (Path(run_folder) / "rewards").exists():
+        shutil.rmtree(Path(run_folder) / "rewards")
+
+
+def _write_log(path: Path, log: pd.DataFrame):
+    part = path.with_name(path.name + ".part")
+    pq.write_table(pa.Table.from_pandas(log, LOG_SCHEMA, preserve_index=False), part)
+    os.replace(part, path)

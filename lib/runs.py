@@ -18,10 +18,10 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from lib import ROOT, WORK, data
 from lib.noise import Channel, channel
 
-ROOT = Path(__file__).parents[1]
-PROFILES, STUDIES, OUTPUTS = ROOT / "params/profiles", ROOT / "params/studies", ROOT / "outputs"
+PROFILES, STUDIES, OUTPUTS = ROOT / "params/profiles", ROOT / "params/studies", WORK / "outputs"
 NOT_HASHED = {"output_dir", "report_to"}  # where a run lies and who watches it do not change what it computes
 
 
@@ -104,7 +104,7 @@ class Params(BaseModel):
     @property
     def folder(self) -> Path:
         """The folder of the run."""
-        return ROOT / self.output_dir / "runs" / run_id(self)
+        return WORK / self.output_dir / "runs" / run_id(self)
 
 
 class Study(BaseModel):
@@ -310,6 +310,17 @@ def hold(folder: Path):
         file.close()
         raise RuntimeError(f"{folder.name} is being executed by another process: wait for it or stop it") from None
     return file
+
+
+def check_inputs(params: Params):
+    """FileNotFoundError, with the command to run, if the data or the base policy of a run are not there."""
+    data.read_manifest(params.data_dir)
+    if params.model == "tiny" and not (WORK / f"models/tiny-s{params.base_seed}/policy.json").exists():
+        raise FileNotFoundError(
+            f"the base policy models/tiny-s{params.base_seed} has not been built. Build it with: papermill notebooks/"
+            f"01b_warm_start.ipynb outputs/01b_warm_start.ipynb -p profile tiny -p base_seed {params.base_seed}")
+    if params.model.startswith((".", "/", "~")) and not (Path(params.model).expanduser() / "config.json").exists():
+        raise FileNotFoundError(f"model={params.model!r} is not a folder with config.json: give one, or a hub id")
 
 
 def begin(folder: Path, params: Params, resumed_from: int, **identity: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from lib import data, runs, sweep
+from lib import ROOT, data, runs, sweep
 
 
 def execute(notebook: str, folder: Path, console: Console, name: str | None = None, **parameters):
@@ -26,10 +26,10 @@ def execute(notebook: str, folder: Path, console: Console, name: str | None = No
     folder.mkdir(parents=True, exist_ok=True)
     began = time.time()
     try:
-        papermill.execute_notebook(f"notebooks/{notebook}.ipynb", os.path.relpath(target, runs.ROOT), parameters,
-                                   kernel_name="python3", progress_bar=False, cwd=str(runs.ROOT))
+        papermill.execute_notebook(f"notebooks/{notebook}.ipynb", str(target), parameters,
+                                   kernel_name="python3", progress_bar=False, cwd=str(ROOT))
     except papermill.PapermillExecutionError as e:
-        raise RuntimeError(f"{notebook} stopped: {e.ename}: {e.evalue}\nsee {os.path.relpath(target, runs.ROOT)}") from None
+        raise RuntimeError(f"{notebook} stopped: {e.ename}: {e.evalue}\nsee {data.shown(target)}") from None
     console.print(f"{notebook}: {time.time() - began:.0f} s")
 
 
@@ -42,11 +42,9 @@ def prepare(grid: list[runs.Params], folder: Path, console: Console) -> None:
             if data_dir not in ("arithmetic", "math"):
                 raise
             execute("01_data", folder, console, source=data_dir, math_dir=os.environ.get("MATH_DIR"))
-    from lib import policies  # imports torch, which a finished study does not need
-
     for p in {p.base_seed: p for p in grid}.values():
         try:
-            policies.policy_source(p)
+            runs.check_inputs(p)
         except FileNotFoundError:
             if p.model != "tiny":
                 raise
@@ -58,7 +56,7 @@ def state(grid: list[runs.Params], *notebooks: str) -> str:
     """A digest of everything that evaluation and analysis read: finished runs, the study and the notebooks."""
     finished = {runs.run_id(p): (p.folder / "DONE").read_text() if runs.status(p.folder) == "done" else
                 runs.status(p.folder) for p in grid}
-    sources = [hashlib.sha256((runs.ROOT / f"notebooks/{n}.ipynb").read_bytes()).hexdigest() for n in notebooks]
+    sources = [hashlib.sha256((ROOT / f"notebooks/{n}.ipynb").read_bytes()).hexdigest() for n in notebooks]
     return runs.digest([finished, sources], 64)
 
 
@@ -78,8 +76,9 @@ def print_results(folder: Path, console: Console):
     for row in results.itertuples(index=False):
         table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row))
     console.print(table)
-    for path in (folder / "04_analysis.ipynb", folder / "04_analysis.html", *sorted((folder / "figures").glob("*.png"))):
-        console.print(os.path.relpath(path, runs.ROOT))
+    rendered = [folder / "04_analysis.ipynb", folder / "04_analysis.html"]
+    for path in rendered + sorted((folder / "figures").glob("*.png")):
+        console.print(data.shown(path))
 
 
 def main(argv=None) -> int:
@@ -89,24 +88,22 @@ def main(argv=None) -> int:
     parser.add_argument("--profile", default="tiny")
     sweep.add_options(parser)
     args = parser.parse_args(argv)
-    os.chdir(runs.ROOT)
+    os.chdir(ROOT)
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
         study, grid = runs.load_study(args.study, args.profile)
-        folder = runs.ROOT / grid[0].output_dir
+        folder = runs.WORK / grid[0].output_dir
         console.print(f"{study.title}: {len(grid)} runs, profile {args.profile}, in {grid[0].output_dir}")
         prepare(grid, folder, console)
         failed = sweep.run_grid(grid, console=console, **sweep.options(args))
-        study_name = Path(args.study).stem
         for notebook, stamp, reads in (("03_eval", ".evaluated", ("03_eval",)),
                                        ("04_analysis", ".analysed", ("03_eval", "04_analysis"))):
             seen, now = folder / "runs" / stamp, state(grid, *reads)
             if seen.exists() and seen.read_text() == now:
                 console.print(f"{notebook} is up to date: nothing to do.")
                 continue
-            given = {"study": study_name} | ({"profile": args.profile} if notebook == "03_eval" else
-                                             {"study": folder.name})
-            execute(notebook, folder, console, **given)
+            execute(notebook, folder, console, **({"study": args.study, "profile": args.profile}
+                                                  if notebook == "03_eval" else {"study": folder.name}))
             runs.write_atomically(seen, now)
             if notebook == "04_analysis":
                 to_html(folder / "04_analysis.ipynb")

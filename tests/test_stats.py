@@ -95,7 +95,7 @@ def test_familywise_error_under_the_null():
 def test_power_at_the_minimum_detectable_effect(seeds):
     """Normal data with known variance: the test at the computed effect rejects in 80 % of the cases."""
     rng, q, sd, reps = np.random.default_rng(2), 100, 0.05, 600
-    parts = Parts(sd**2 / seeds, 0.0, seeds, q)
+    parts = Parts(sd**2 / seeds, 0.0, 0.0, seeds, q)
     delta = minimum_detectable_effect(parts)
     rejected = 0
     for _ in range(reps):
@@ -178,6 +178,15 @@ def test_closed_form_is_the_limit_of_the_two_level_bootstrap():
     exact, resampled = variance_parts(acc), bootstrap_parts(weighted_mean(acc), 4, 150, n_boot=40_000)
     assert resampled.seed == pytest.approx(exact.seed, rel=0.05)
     assert resampled.question == pytest.approx(exact.question, rel=0.05)
+    assert resampled.rest == pytest.approx(exact.rest, rel=0.2)
+
+
+def test_seeds_that_agree_by_luck_do_not_make_a_tiny_interval():
+    """Two runs with one mean but different answers: the interval is at least that of independent answers."""
+    acc = np.array([[1.0, 0.0] * 20, [0.0, 1.0] * 20])
+    found = mean_interval(acc)
+    assert found.parts.seed == 0
+    assert found.high - found.low > 2 * 1.96 * np.sqrt(0.25 / 80)
 
 
 def test_one_seed_where_only_seeds_vary_is_a_t_test():
@@ -202,7 +211,7 @@ def test_identical_arms_have_p_one():
 
 
 def test_more_seeds_find_smaller_effects():
-    parts = Parts(0.02**2, 0.003**2, 4, 500)
+    parts = Parts(0.02**2, 0.003**2, 0.0, 4, 500)
     effects = [minimum_detectable_effect(parts, seeds=n) for n in (3, 4, 5, 8, 16)]
     assert effects == sorted(effects, reverse=True)
     assert minimum_detectable_effect(parts) == effects[1]

@@ -1,0 +1,29 @@
+"""A workspace of its own for the tests that execute notebooks: small data, a quickly built base policy."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lib import ROOT
+
+
+def papermill(work, notebook, out, check=True, **parameters):
+    """Execute a notebook of the project with papermill's own command line, in the workspace `work`."""
+    command = [sys.executable, "-m", "papermill", f"notebooks/{notebook}.ipynb", str(out), "--no-progress-bar"]
+    for name, value in parameters.items():
+        command += ["-p", name, str(value)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"GRPO_NOISE_WORK": str(work)}, capture_output=True,
+                          text=True)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory):
+    """A folder with small arithmetic data and a base policy of a few training steps, used by all end-to-end tests."""
+    work = tmp_path_factory.mktemp("work")
+    papermill(work, "01_data", work / "01.ipynb", source="arithmetic", n_train=900, n_test=60)
+    papermill(work, "01b_warm_start", work / "01b.ipynb", right_steps=150, careless_steps=20, samples=2)
+    return work

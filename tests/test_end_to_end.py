@@ -1,0 +1,151 @@
+"""The real notebooks with real TRL: a two-cell study, a failing run, and a run killed in the middle."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+from conftest import papermill
+
+from lib import ROOT, noise, rewards, runs
+
+STUDY = """
+title: Two cells
+arms:
+  - {}
+  - label_flip_rate: 0.25
+fixed: {max_steps: 6, eval_interval: 3, save_steps: 3, eval_problems: 16}
+seeds: [0]
+use_selected: false
+eval_samples: 2
+"""
+
+
+def command(work, module, *args, **kwargs):
+    """Run a module of the project in the workspace."""
+    return subprocess.run([sys.executable, "-m", module, *map(str, args)], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"GRPO_NOISE_WORK": str(work)}, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def study(workspace):
+    """The two-cell study, run by the command that `make study` calls."""
+    (workspace / "two.yaml").write_text(STUDY)
+    done = command(workspace, "lib.study", workspace / "two.yaml")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return workspace / "outputs/two", done
+
+
+def test_a_study_leaves_tables_figures_and_rendered_notebooks(study):
+    folder, done = study
+    for name in ("runs.csv", "summary.csv", "eval.parquet", "metrics.parquet", "results.csv", "replay.csv",
+                 "03_eval.ipynb", "04_analysis.ipynb", "04_analysis.html"):
+        assert (folder / name).exists(), name
+    assert list((folder / "figures").glob("*.png"))
+    assert "04_analysis.html" in done.stdout and "flip 0.25" in done.stdout
+    evaluated = pd.read_parquet(folder / "eval.parquet")
+    assert len(evaluated) == 3 * 60 * (2 + 1)  # base and two runs, 60 questions, two samples and one greedy answer
+    assert list(pd.read_csv(folder / "summary.csv").arm) == ["base", "clean", "flip 0.25"]
+
+
+def test_every_run_keeps_the_contract(study):
+    folder, _ = study
+    for run in (folder / "runs").glob("*-s0-*"):
+        params = runs.Params(**json.loads((run / "params.json").read_text()))
+        assert run.name == runs.run_id(params)
+        assert (run / "DONE").read_text().strip() == runs.adapter_hash(run)
+        log = rewards.read_log(run)
+        assert len(log) == 6 * 128 and not log.duplicated(["step", "sample_id", "rollout"]).any()
+        assert noise.replay(log, params.channel, params.noise_seed).empty
+        metrics = pd.read_parquet(run / "metrics.parquet")
+        by_step = log.groupby("step")[["true_reward", "observed_reward"]].mean().to_numpy()
+        logged = metrics.dropna(subset="clean_mean")[["clean_mean", "observed_mean"]].to_numpy()
+        np.testing.assert_allclose(logged, by_step, atol=1e-6)
+        record = json.loads((run / "provenance.json").read_text())
+        assert record["versions"]["trl"] and record["policy_hash"] and record["resumed_from"] == []
+    clean, flip = sorted((folder / "runs").glob("*-s0-*"))
+    first = [rewards.read_log(r).query("step == 0") for r in (clean, flip)]
+    assert first[0].sample_id.tolist() == first[1].sample_id.tolist()  # same seed: same prompts in the first step
+
+
+def test_a_finished_study_is_left_alone(study):
+    folder, _ = study
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    done = command(folder.parents[1], "lib.study", folder.parents[1] / "two.yaml")
+    assert done.returncode == 0 and done.stdout.count("nothing to do") == 3
+    assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_failing_run_is_reported_and_does_not_stop_the_others(workspace):
+    (workspace / "fail.yaml").write_text(STUDY.replace("{}", "max_prompt_length: 1").replace("0.25", "0.5"))
+    done = command(workspace, "lib.sweep", workspace / "fail.yaml")
+    assert done.returncode == 1
+    failed = next((workspace / "outputs/fail/runs").glob("clean-*"))
+    assert f"FAILED {failed.name}" in done.stderr and "max_prompt_length=1" in done.stderr
+    assert runs.status(failed) == "failed"
+    assert runs.status(next((workspace / "outputs/fail/runs").glob("flip-*"))) == "done"
+    cells = nbformat.read(failed / "notebook.ipynb", as_version=4).cells
+    assert any(o.output_type == "error" for c in cells for o in c.get("outputs", []))
+    plan = command(workspace, "lib.sweep", workspace / "fail.yaml", "--dry-run").stdout
+    assert "failed" in plan and "done" in plan
+
+
+@pytest.mark.parametrize("given, words", [
+    ({"label_flip_rate": 1.2}, "label_flip_rate=1.2"),
+    ({"lable_flip_rate": 0.1}, "did you mean 'label_flip_rate'"),
+    ({"base_seed": 3}, "has not been built"),
+    ({"data_dir": "nowhere"}, "01_data"),
+    ({"model": "./nowhere"}, "is not a folder with config.json"),
+])
+def test_the_training_notebook_refuses_bad_parameters(workspace, tmp_path, given, words):
+    done = papermill(workspace, "02_train", tmp_path / "out.ipynb", check=False, **given)
+    assert done.returncode != 0 and words in done.stderr
+    assert "starting from" not in (tmp_path / "out.ipynb").read_text().split('"cells"')[0]
+
+
+SHORT = dict(max_steps=20, save_steps=5, label_flip_rate=0.3, eval_interval=0)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(workspace):
+    """The folder of a run that was left alone."""
+    papermill(workspace, "02_train", workspace / "whole.ipynb", output_dir="outputs/whole", **SHORT)
+    return next((workspace / "outputs/whole/runs").glob("flip-*"))
+
+
+def test_a_killed_run_resumes_to_the_same_weights(workspace, uninterrupted):
+    """kill -9 of notebook and kernel between two checkpoints, then the same command again."""
+    arguments = [x for k, v in SHORT.items() for x in ("-p", k, str(v))]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "papermill", "notebooks/02_train.ipynb", str(workspace / "killed.ipynb"), "-p",
+         "output_dir", "outputs/killed", *arguments], cwd=ROOT, env=os.environ | {"GRPO_NOISE_WORK": str(workspace)},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = workspace / "outputs/killed/runs" / uninterrupted.name / "rewards"
+    deadline = time.time() + 120
+    while not (log / "step-000007.parquet").exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+    for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        child.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(0.5)
+    folder = log.parent
+    assert runs.status(folder) == "interrupted" and len(rewards.read_log(folder)) >= 8 * 128
+    papermill(workspace, "02_train", workspace / "killed.ipynb", output_dir="outputs/killed", **SHORT)
+    assert json.loads((folder / "provenance.json").read_text())["resumed_from"] == [5]
+    assert runs.adapter_hash(folder) == runs.adapter_hash(uninterrupted)
+    pd.testing.assert_frame_equal(rewards.read_log(folder), rewards.read_log(uninterrupted))
+
+
+def test_showing_a_finished_run_again_trains_nothing(workspace, uninterrupted):
+    before = (uninterrupted / "DONE").stat().st_mtime_ns
+    papermill(workspace, "02_train", workspace / "again.ipynb", output_dir="outputs/whole", **SHORT)
+    assert (uninterrupted / "DONE").stat().st_mtime_ns == before
+    assert "is done" in (workspace / "again.ipynb").read_text()

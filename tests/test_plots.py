@@ -1,0 +1,170 @@
+"""lib.plots draws what the frames say; 04_analysis runs on synthetic studies of every shape."""
+import sys
+from pathlib import Path
+
+import matplotlib
+import nbformat
+import numpy as np
+import pandas as pd
+import papermill
+import pytest
+
+from lib import plots
+
+sys.path.insert(0, str(Path(__file__).parent))
+from synthetic_study import write_study  # noqa: E402
+
+matplotlib.use("Agg")
+NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "04_analysis.ipynb"
+
+
+def table():
+    """Results of a clean arm, two flips and one mask, as the analysis makes them."""
+    rows = pd.DataFrame({"arm": ["clean", "flip 0.2", "flip 0.4", "mask 0.4"],
+                         "channel": ["clean", "flip", "flip", "mask"], "rate": [0, 0.2, 0.4, 0.4],
+                         "J": [1, 0.6, 0.2, 0.6], "estimate": [0.8, 0.7, 0.5, 0.75]})
+    rows["low"], rows["high"] = rows["estimate"] - 0.05, rows["estimate"] + 0.05
+    rows["difference"] = rows["estimate"] - 0.8
+    rows["difference_low"], rows["difference_high"] = rows["difference"] - 0.04, rows["difference"] + 0.04
+    rows["p_holm"], rows["mde"] = [1, 0.03, 0.001, 0.2], 0.06
+    return rows
+
+
+def heights(ax):
+    """The y values of all marked points in the axes."""
+    return {round(float(y), 6) for line in ax.lines if line.get_marker() in "os^" for y in line.get_ydata()}
+
+
+@pytest.mark.parametrize("draw", [plots.noise_curve, plots.j_axis])
+def test_accuracy_figures_show_every_arm_and_the_base_policy(draw):
+    ax = draw(table(), base=0.3).axes[0]
+    assert heights(ax) == {0.8, 0.7, 0.5, 0.75}
+    assert any(np.allclose(line.get_ydata(), 0.3) for line in ax.lines)
+
+
+def test_j_falls_to_the_right():
+    left, right = plots.j_axis(table()).axes[0].get_xlim()
+    assert left > right
+
+
+def test_one_seed_draws_a_point_without_a_bar():
+    rows = table().assign(low=np.nan, high=np.nan)
+    assert heights(plots.noise_curve(rows).axes[0]) == {0.8, 0.7, 0.5, 0.75}
+
+
+def test_forest_plot_fills_only_what_is_significant():
+    ax = plots.paired_differences(table().iloc[1:]).axes[0]
+    markers = [line for line in ax.lines if line.get_marker() in "os^"]
+    filled = [line.get_xdata()[0] for line in markers if line.get_markerfacecolor() != "white"]
+    np.testing.assert_allclose(sorted(filled), [-0.3, -0.1])
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["flip 0.2", "flip 0.4", "mask 0.4"]
+
+
+def test_training_curves_mean_and_band():
+    metrics = pd.DataFrame({"arm": "clean", "run_id": ["a", "a", "b", "b"], "step": [1, 2, 1, 2],
+                            "clean_mean": [0.2, 0.4, 0.4, 0.8], "observed_mean": 0.5})
+    ax = plots.training_curves(metrics, window=1).axes[0]
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), [0.3, 0.6])
+    assert ax.get_title("left") == "clean, 2 runs"
+
+
+def test_by_level_has_a_panel_for_each_channel_with_clean_in_it():
+    rows = pd.concat(table().assign(level=f"Level {i}") for i in (1, 2))
+    fig = plots.by_level(rows)
+    assert [ax.get_title("left") for ax in fig.axes] == ["flip", "mask"]
+    assert all(0.8 in heights(ax) for ax in fig.axes)
+
+
+def test_a_channel_keeps_its_colour_and_unknown_ones_differ():
+    assert plots.looks(["mask"])["mask"] == plots.looks(["flip", "mask"])["mask"]
+    unknown = plots.looks(["flip (prompt)", "flip (group)", "flip"])
+    assert len({colour for colour, _ in unknown.values()}) == 3
+
+
+def test_saved_figures_are_the_same_bytes(tmp_path):
+    first, second = (plots.save(plots.noise_curve(table()), tmp_path / f"{i}.png") for i in (1, 2))
+    assert first.read_bytes() == second.read_bytes()
+    assert b"Software" not in first.read_bytes() and b"matplotlib" not in first.read_bytes()
+
+
+def test_missing_columns_are_named():
+    with pytest.raises(ValueError, match=r"lacks the columns \['low'\]"):
+        plots.noise_curve(table().drop(columns="low"))
+
+
+# ---- the analysis notebook
+
+def analyse(folder, **parameters):
+    """Execute 04_analysis on a study folder; returns its text outputs joined and its table of results."""
+    out = folder / "analysis.ipynb"
+    papermill.execute_notebook(NOTEBOOK, out, {"study": str(folder), "n_boot": 200, **parameters},
+                               progress_bar=False, cwd=NOTEBOOK.parents[1])
+    outputs = [o for cell in nbformat.read(out, 4).cells for o in cell.get("outputs", [])]
+    text = "\n".join(o.get("data", {}).get("text/markdown", "") + o.get("text", "") for o in outputs)
+    return text, pd.read_csv(folder / "results.csv").set_index("arm")
+
+
+def test_analysis_of_the_tiny_study_with_two_runs_missing(tmp_path):
+    folder = write_study(tmp_path / "tiny", unfinished={5: "failed", 20: "missing"}, rewards_log=True)
+    text, results = analyse(folder)
+    assert "# Study tiny, INCOMPLETE: 25 of 27 runs" in text
+    assert "flip 0.1 (1 left out, 2 pairs)" in text
+    assert len(results) == 9 and results.loc["flip 0.1", "seeds"] == 2
+    assert results.loc["flip 0.5", "p_holm"] < 0.05 < results.loc["flip 0.5", "estimate"] < 0.5
+    assert ((results["low"] <= results["estimate"]) & (results["estimate"] <= results["high"])).all()
+    assert (results["p_holm"].dropna() >= results["p"].dropna()).all()
+    evals = pd.read_parquet(folder / "eval.parquet").query("decoding == 'sampled'")
+    summary = pd.read_csv(folder / "summary.csv").query("arm == 'clean'")
+    clean = evals[evals["run_id"].isin(summary["run_id"])]["exact"].mean()
+    assert results.loc["clean", "estimate"] == pytest.approx(clean, abs=1e-5)
+    assert "50 rates tested" in text
+    assert {p.stem for p in (folder / "figures").iterdir()} == {
+        "accuracy-vs-noise", "paired-differences", "training-curves", "by-level", "common-axis-J"}
+
+
+def test_analysis_of_a_grid_without_noise(tmp_path):
+    arms = [{"learning_rate": lr, "grpo_beta": b} for lr in (5e-4, 1e-3) for b in (0.0, 0.05)]
+    text, results = analyse(write_study(tmp_path / "grid", arms, seeds=(100, 101), questions=40, steps=4))
+    assert "clean runs only, so it says nothing about noise yet" in text
+    assert "No noisy arm, hence no curve." in text and "No arm can be compared with a clean one." in text
+    assert len(results) == 4 and "clean | learning_rate=0.001, grpo_beta=0.05" in results.index
+
+
+def test_analysis_of_two_noise_levels_and_two_base_policies(tmp_path):
+    arms = [{}, {"label_flip_rate": 0.3}, {"label_flip_rate": 0.3, "noise_level": "prompt"},
+            {"false_positive_rate": 0.6}, {"abstain_rate": 0.5}, {"reward": "format"}]
+    folder = write_study(tmp_path / "channels", arms, seeds=(0, 1), base_seeds=(0, 1), questions=40, steps=4)
+    text, results = analyse(folder, grader="symbolic", decoding="greedy")
+    assert "# Study channels, complete" in text and "Each (base policy, seed) pair counts" in text
+    assert set(results["seeds"]) == {4} and "flip 0.3 (prompt)" in results.index
+    assert "No rate could be tested exactly" in text  # no reward log: the logged rates stand in
+
+
+def test_analysis_of_one_seed_gives_no_interval(tmp_path):
+    text, results = analyse(write_study(tmp_path / "one", [{}, {"mask_rate": 0.5}], seeds=(7,), questions=40, steps=4))
+    assert "one seed, no interval" in text and "Every comparison rests on one seed" in text
+    assert results[["low", "high", "difference_low", "p"]].isna().all(axis=None)
+
+
+def test_analysis_of_a_kl_weight_crossed_with_noise(tmp_path):
+    """Each setting has its own clean arm, curve and comparison."""
+    arms = [{"grpo_beta": b, "label_flip_rate": p} for b in (0.0, 0.05) for p in (0.0, 0.4)]
+    folder = write_study(tmp_path / "beta", arms, seeds=(0, 1, 2), questions=40, steps=4)
+    text, results = analyse(folder)
+    assert results["p"].notna().sum() == 2
+    for b in ("0.0", "0.05"):
+        clean, noisy = (results.loc[f"{a} | grpo_beta={b}"] for a in ("clean", "flip 0.4"))
+        assert noisy["difference"] == pytest.approx(noisy["estimate"] - clean["estimate"], abs=1e-5)
+    assert {"accuracy-vs-noise-0", "accuracy-vs-noise-1"} <= {p.stem for p in (folder / "figures").iterdir()}
+
+
+def test_analysis_without_tables_says_what_to_run(tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match="run 03_eval first: .* has no runs.csv, summary.csv"):
+        analyse(tmp_path)
+
+
+def test_the_notebook_file_is_clean():
+    notebook = nbformat.read(NOTEBOOK, 4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    assert max(len([x for x in c.source.splitlines() if x.strip()]) for c in notebook.cells
+               if c.cell_type == "code") <= 25

@@ -1,0 +1,130 @@
+"""What holds the project together: locks that agree, clean notebooks, a README that names what exists."""
+
+import json
+import re
+import tomllib
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from lib import runs
+
+ROOT = runs.ROOT
+NOTEBOOKS = sorted(p for p in (ROOT / "notebooks").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+SOURCES = [p for p in NOTEBOOKS if p.parent.name != "helpers"]
+
+
+def locked(name: str) -> dict[str, str]:
+    """Package -> version of a lock for this Python; every line must be an exact pin."""
+    pins = {}
+    for line in (ROOT / f"requirements/{name}.txt").read_text().splitlines():
+        if line.strip() and not line.startswith("#"):
+            requirement = Requirement(line)
+            assert re.fullmatch(r"==[^*,]+", str(requirement.specifier)), f"{name}.txt: {line} is not an exact pin"
+            if requirement.marker is None or requirement.marker.evaluate():
+                pins[canonicalize_name(requirement.name)] = str(requirement.specifier)[2:]
+    return pins
+
+
+def declared(*extras: str) -> list[Requirement]:
+    """Requirements of pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return [Requirement(r) for r in project["dependencies"] + [r for e in extras for r in
+                                                               project["optional-dependencies"][e]]]
+
+
+@pytest.mark.parametrize("lock, extras", [("cpu", ["test"]), ("gpu", ["test", "gpu"])])
+def test_the_lock_satisfies_pyproject(lock, extras):
+    pins = locked(lock)
+    for requirement in declared(*extras):
+        name = canonicalize_name(requirement.name)
+        assert name in pins, f"{name} is not in requirements/{lock}.txt: make lock"
+        assert requirement.specifier.contains(pins[name]), f"{name}: {pins[name]} is not {requirement.specifier}"
+
+
+def test_the_two_locks_agree_where_results_depend_on_it():
+    cpu, gpu = locked("cpu"), locked("gpu")
+    for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "ray", "math-verify"):
+        assert cpu[name] == gpu[name]
+
+
+def test_conda_users_get_the_versions_of_the_lock():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    pip = next(d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
+    assert "-r requirements/cpu.txt" in pip
+    pins = locked("cpu")
+    for line in pip:
+        if not line.startswith("-"):
+            requirement = Requirement(line)
+            assert str(requirement.specifier) == "==" + pins[canonicalize_name(requirement.name)], line
+    python = next(d for d in environment["dependencies"] if str(d).startswith("python="))
+    supported = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert Requirement(f"python{supported}").specifier.contains(python.removeprefix("python=") + ".0")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_valid_and_in_order(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    ids = [c["id"] for c in notebook.cells]
+    assert len(set(ids)) == len(ids)
+    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
+    assert notebook.metadata.kernelspec.name == "python3"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
+def test_source_notebooks_carry_no_outputs(path):
+    code = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    assert not any(c.outputs or c.execution_count for c in code)
+
+
+def test_the_training_notebook_offers_every_parameter():
+    cells = nbformat.read(ROOT / "notebooks/02_train.ipynb", as_version=4).cells
+    cell = next(c for c in cells if "parameters" in c.metadata.get("tags", []))
+    names = re.findall(r"^(\w+) = \S+ +# \S", cell.source, re.M)  # one parameter a line, each with a comment
+    assert sorted(names) == sorted(runs.Params.model_fields)
+
+
+def test_nothing_names_a_machine_or_a_registry():
+    bad = re.compile(r"/(?:home|root|Users|work)/\w|/tmp/\w+/|pypi\.org|pythonhosted\.org")
+    for folder in ("lib", "tests", "params", "notebooks", "outputs", "requirements"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".yaml", ".ipynb", ".csv", ".txt", ".html") and "runs" not in path.parts:
+                if path.name == "test_project.py":
+                    continue
+                found = bad.search(path.read_text(errors="ignore"))
+                assert not found, f"{path.relative_to(ROOT)}: {found[0]}"
+
+
+def test_the_readme_names_what_exists():
+    text = (ROOT / "README.md").read_text()
+    endings = "ipynb|yaml|py|png|csv|html|txt"
+    for name in re.findall(rf"(?:notebooks|params|outputs|lib|requirements)/[\w./-]+\.(?:{endings})", text):
+        if "out" not in name.split("/")[-1] and "<" not in name:
+            assert (ROOT / name).exists(), name
+    for target in re.findall(r"^\s*make (\w+)", text, re.M):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
+
+
+def test_lib_modules_import_only_to_their_left():
+    order = ["answers", "noise", "rewards", "data", "policies", "runs", "sweep", "study"]
+    side = {"theory": ["noise"], "stats": ["noise", "theory"], "plots": ["noise", "theory", "stats"]}
+    for path in (ROOT / "lib").glob("*.py"):
+        text = path.read_text()
+        used = set(re.findall(r"^\s*from lib\.(\w+) import", text, re.M))
+        for names in re.findall(r"^\s*from lib import ([\w, ]+)", text, re.M):
+            used |= {n.strip() for n in names.split(",")}
+        allowed = side.get(path.stem) or order[: order.index(path.stem)] if path.stem in {*side, *order} else []
+        assert used <= set(allowed), f"{path.name} imports {used - set(allowed)}"
+
+
+def test_committed_tables_of_studies_are_complete():
+    for folder in (ROOT / "outputs").glob("*/summary.csv"):
+        for name in ("runs.csv", "eval.parquet", "metrics.parquet", "results.csv", "replay.csv", "04_analysis.ipynb",
+                     "04_analysis.html"):
+            assert (folder.parent / name).exists(), f"{folder.parent.name}/{name}"
+        executed = json.loads((folder.parent / "04_analysis.ipynb").read_text())
+        assert not any(o["output_type"] == "error" for c in executed["cells"] for o in c.get("outputs", []))

@@ -1,0 +1,205 @@
+"""Parameters, names and folders of runs: what is refused, what is hashed, what counts as done."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib import runs
+
+OTHER = {"profile": "smol", "model": "smol", "data_dir": "math", "prompt_template": "chat", "engine": "vllm",
+         "reward": "format", "noise_level": "group", "lr_scheduler_type": "cosine", "optim": "sgd",
+         "loss_type": "grpo", "scale_rewards": "none", "output_dir": "elsewhere", "report_to": "wandb",
+         "num_generations": 16, "per_device_train_batch_size": 64, "top_p": 0.5, "epsilon": 0.1,
+         "label_flip_rate": 0.25, "mask_rate": 0.25, "num_iterations": 2}
+
+
+def changed(params: runs.Params, name: str) -> runs.Params:
+    """The same parameters but for one."""
+    value = getattr(params, name)
+    other = OTHER[name] if name in OTHER else value + 1 if isinstance(value, int) else value / 2 if value else 0.25
+    assert other != value
+    return params.model_copy(update={name: other})
+
+
+@pytest.mark.parametrize("name", sorted(set(runs.Params.model_fields) - runs.NOT_HASHED))
+def test_every_parameter_changes_the_run_id(name):
+    base = runs.resolve("tiny")
+    assert runs.run_id(changed(base, name)) != runs.run_id(base)
+
+
+def test_where_a_run_lies_does_not_change_its_id():
+    base = runs.resolve("tiny")
+    for name in runs.NOT_HASHED:
+        assert runs.run_id(changed(base, name)) == runs.run_id(base)
+
+
+def test_run_id_is_readable_and_the_same_in_another_process():
+    params = runs.resolve("tiny", label_flip_rate=0.2, seed=1)
+    code = "from lib import runs; print(runs.run_id(runs.resolve('tiny', label_flip_rate=.2, seed=1)))"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert runs.run_id(params) == other
+    assert other.startswith("flip-0.2-s1-") and len(other.split("-")[-1]) == 8
+
+
+@pytest.mark.parametrize("given_, words", [
+    ({"label_flip_rate": 1.2}, ["label_flip_rate=1.2", ">= 0 and <= 1"]),
+    ({"label_flip_rate": 0.2, "mask_rate": 0.3}, ["label_flip_rate and mask_rate", "false_positive_rate"]),
+    ({"per_device_train_batch_size": 12}, ["12 completions", "num_generations=8"]),
+    ({"seed": -1}, ["seed=-1", ">= 0"]),
+    ({"engine": "vlm"}, ["engine='vlm'", "'vllm'"]),
+    ({"noise_level": "promt"}, ["noise_level='promt'", "did you mean 'prompt'"]),
+    ({"lable_flip_rate": 0.1}, ["'lable_flip_rate' is not a parameter", "did you mean 'label_flip_rate'"]),
+    ({"save_steps": 5, "num_iterations": 2}, ["save_steps=5", "num_iterations=2"]),
+    ({"learning_rate": "fast"}, ["learning_rate='fast'"]),
+])
+def test_bad_parameters_are_named(given_, words):
+    with pytest.raises(ValueError) as error:
+        runs.resolve("tiny", **given_)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_unknown_profile_and_study_name_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'tiny'"):
+        runs.resolve("tinny")
+    with pytest.raises(ValueError, match="did you mean 'flip'"):
+        runs.load_study("flp", "tiny")
+
+
+def test_an_unknown_name_in_a_notebook_is_refused_and_machinery_is_not():
+    names = {"seed": 1, "In": [], "Out": {}, "_i1": "x", "json": json, "exit": object()}
+    assert runs.given_parameters(names) == {"seed": 1}
+    with pytest.raises(ValueError, match="'label_flip_rat' is not a parameter, did you mean 'label_flip_rate'"):
+        runs.given_parameters(names | {"label_flip_rat": 0.1})
+
+
+@pytest.mark.parametrize("text, words", [
+    ("title: t\narms: [{}]\nseeds: [0]\nsedes: [1]\n", ["bad.yaml", "'sedes' is not a parameter", "'seeds'"]),
+    ("title: t\narms: [{lable_flip_rate: 0.1}]\nseeds: [0]\n", ["bad.yaml, arm 1", "'label_flip_rate'"]),
+    ("title: t\narms: [{}, {mask_rate: [0.1, 2]}]\nseeds: [0]\n", ["bad.yaml, arm 2", "mask_rate=2"]),
+    ("title: t\narms: [{}]\nseeds: []\n", ["bad.yaml", "seeds"]),
+    ("title: t\narms: [{}]\nseeds: [-3]\n", ["seed=-3"]),
+    ("title: t\narms: [{}]\nseeds: [0, 0]\n", ["occur twice"]),
+    ("title: t\narms: [{}\nseeds: [0]\n", ["bad.yaml:", "not valid YAML"]),
+    ("- 1\n", ["bad.yaml:1", "mapping"]),
+])
+def test_a_study_with_a_mistake_is_refused(tmp_path, text, words):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ValueError) as error:
+        runs.load_study(str(tmp_path / "bad.yaml"), "tiny")
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_bad_input_is_refused_in_about_a_second_by_the_command(tmp_path):
+    (tmp_path / "bad.yaml").write_text("title: t\narms: [{seeed: 1}]\nseeds: [0]\n")
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "lib.sweep", str(tmp_path / "bad.yaml")],
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and "did you mean 'seed'" in done.stderr
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert not imported & {"torch", "transformers", "trl", "ray"}  # refused before anything slow is loaded
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in runs.STUDIES.glob("*.yaml")))
+def test_the_studies_are_valid_and_no_run_occurs_twice(name):
+    study, grid = runs.load_study(name, "tiny")
+    assert len({runs.run_id(p) for p in grid}) == len(grid) >= len(study.seeds)
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in runs.PROFILES.glob("*.yaml")))
+def test_the_profiles_are_valid(name):
+    assert runs.resolve(name).profile == name
+
+
+def test_the_selected_hyperparameters_are_read_unless_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "OUTPUTS", tmp_path)
+    runs.selected_file("tiny").parent.mkdir(parents=True)
+    runs.selected_file("tiny").write_text(yaml.safe_dump({"selected": {"learning_rate": 0.125}}))
+    assert runs.resolve("tiny", use_selected=True).learning_rate == 0.125
+    assert runs.resolve("tiny", use_selected=True, learning_rate=0.5).learning_rate == 0.5
+    assert runs.resolve("tiny").learning_rate == 1e-3
+
+
+def test_none_means_as_the_profile_says_and_noise_follows_the_seed():
+    params = runs.resolve("tiny", learning_rate=None, seed=7)
+    assert (params.learning_rate, params.noise_seed) == (1e-3, 7)
+    assert runs.resolve("tiny", seed=7, noise_seed=3).noise_seed == 3
+
+
+@given(p=st.floats(0, 1), m=st.floats(0, 1))
+def test_j_of_named_channels(p, m):
+    assert runs.resolve("tiny", label_flip_rate=p).channel.J == pytest.approx(1 - 2 * p)
+    assert runs.resolve("tiny", mask_rate=m).channel.J == pytest.approx(1 - m)
+
+
+def test_a_second_process_is_kept_out_and_a_killed_one_is_not_missed(tmp_path):
+    code = ("import pathlib, sys, time; from lib import runs; f = runs.hold(pathlib.Path(sys.argv[1]));"
+            "print('held', flush=True); time.sleep(60)")
+    holder = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(RuntimeError, match="executed by another process"):
+        runs.hold(tmp_path)
+    holder.kill()
+    holder.wait()
+    runs.hold(tmp_path).close()
+
+
+def checkpoint(folder, step, complete=True):
+    """An empty checkpoint folder, with or without the file that transformers writes last."""
+    path = folder / f"checkpoints/checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "optimizer.pt").touch()
+    if complete:
+        (path / "trainer_state.json").touch()
+
+
+def test_the_last_complete_aligned_checkpoint_is_found(tmp_path):
+    assert runs.last_checkpoint(tmp_path, 2) is None
+    for step, complete in ((4, True), (6, True), (7, True), (8, False)):
+        checkpoint(tmp_path, step, complete)
+    assert runs.last_checkpoint(tmp_path, 2).name == "checkpoint-6"
+    assert runs.last_checkpoint(tmp_path, 1).name == "checkpoint-7"
+
+
+def test_unaligned_checkpoints_alone_are_refused(tmp_path):
+    checkpoint(tmp_path, 3)
+    with pytest.raises(ValueError, match=r"steps \[3\] are not multiples of 2"):
+        runs.last_checkpoint(tmp_path, 2)
+
+
+def test_a_run_does_not_go_on_with_another_policy(tmp_path):
+    params = runs.resolve("tiny")
+    runs.begin(tmp_path, params, 0, policy_hash="aa", data_hash="bb")
+    record = runs.begin(tmp_path, params, 50, policy_hash="aa", data_hash="bb")
+    assert record["resumed_from"] == [50] and json.loads((tmp_path / "params.json").read_text())["seed"] == 0
+    with pytest.raises(ValueError, match="began with another policy"):
+        runs.begin(tmp_path, params, 50, policy_hash="cc", data_hash="bb")
+
+
+def test_status_follows_the_files(tmp_path):
+    assert runs.status(tmp_path) == "missing"
+    (tmp_path / "params.json").touch()
+    assert runs.status(tmp_path) == "interrupted"
+    (tmp_path / "FAILED").touch()
+    assert runs.status(tmp_path) == "failed"
+    (tmp_path / "DONE").touch()
+    assert runs.status(tmp_path) == "done"
+
+
+def test_steps_of_a_run():
+    qwen = runs.resolve("qwen2.5-math-1.5b")
+    assert runs.steps_in(qwen, 6750) == 6750 // 4  # 32 completions a step are 4 prompts
+    assert runs.steps_in(runs.resolve("tiny"), 5400) == 150
+
+
+def test_provenance_names_no_path_or_host():
+    text = json.dumps(runs.provenance())
+    import getpass
+    import socket
+    assert str(runs.ROOT) not in text and socket.gethostname() not in text
+    assert getpass.getuser() not in json.loads(text)
