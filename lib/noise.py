@@ -103,16 +103,17 @@ def observe(chan: Channel, true_reward, noise_seed: int, step, sample_id, rollou
 def replay(log: pd.DataFrame, chan: Channel, noise_seed: int) -> pd.DataFrame:
     """The rows of a reward log that this channel would not have written: empty if the log is proven.
 
-    log: columns step, sample_id, rollout, true_reward, observed_reward. Raises ValueError if a column is missing or a
-    (step, sample_id, rollout) occurs twice.
+    log: columns step, sample_id, rollout, observed_reward and verdict (or true_reward).
+    Raises ValueError if a column is missing or a (step, sample_id, rollout) occurs twice.
     """
     key = ["step", "sample_id", "rollout"]
-    missing = set(key + ["true_reward", "observed_reward"]) - set(log.columns)
+    verdict = "verdict" if "verdict" in log else "true_reward"
+    missing = set(key + [verdict, "observed_reward"]) - set(log.columns)
     if missing:
         raise ValueError(f"the reward log lacks the columns {sorted(missing)}: is this a rewards.parquet of a run?")
     if log.duplicated(key).any():
         raise ValueError(f"{log.duplicated(key).sum()} completions are logged twice: the log is not that of one run")
-    drawn = observe(chan, log.true_reward, noise_seed, log.step, log.sample_id.astype(str).tolist(), log.rollout)
+    drawn = observe(chan, log[verdict], noise_seed, log.step, log.sample_id.astype(str).tolist(), log.rollout)
     same = (drawn == log.observed_reward) | (np.isnan(drawn) & log.observed_reward.isna())
     return log[~same].assign(drawn=drawn[~same])
 

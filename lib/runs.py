@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from lib import ROOT, WORK, data
 from lib.noise import Channel, channel
+from lib.rewards import estimator
 
 PROFILES, STUDIES, OUTPUTS = ROOT / "params/profiles", ROOT / "params/studies", WORK / "outputs"
 NOT_HASHED = {"output_dir", "report_to"}  # where a run lies and who watches it do not change what it computes
@@ -41,13 +42,16 @@ class Params(BaseModel):
     max_prompt_length: int = Field(512, gt=0)
     max_completion_length: int = Field(512, gt=0)
     # the noise
-    reward: Literal["accuracy", "format"] = "accuracy"
+    reward: Literal["accuracy", "format", "majority"] = "accuracy"
     label_flip_rate: float = Field(0.0, ge=0, le=1)
     mask_rate: float = Field(0.0, ge=0, le=1)
     false_positive_rate: float = Field(0.0, ge=0, le=1)
     false_negative_rate: float = Field(0.0, ge=0, le=1)
     abstain_rate: float = Field(0.0, ge=0, le=1)
     noise_level: Literal["rollout", "group", "prompt"] = "rollout"
+    mitigation: Literal["none", "backward", "forward", "sgrpo"] = "none"
+    assumed_false_positive_rate: float | None = Field(None, ge=0, le=1)
+    assumed_false_negative_rate: float | None = Field(None, ge=0, le=1)
     seed: int = Field(0, ge=0, lt=2**32)
     noise_seed: int = Field(0, ge=0)
     # GRPO
@@ -81,6 +85,10 @@ class Params(BaseModel):
     @model_validator(mode="after")
     def _consistent(self):
         channel(**self.noise())
+        estimator(self.mitigation, *self.assumed_rates)
+        if self.mitigation == "sgrpo" and self.scale_rewards != "none":
+            raise ValueError("mitigation='sgrpo' returns advantages itself, and scale_rewards="
+                             f"{self.scale_rewards!r} would undo its weights: set scale_rewards='none'")
         batch = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if batch % self.num_generations:
             raise ValueError(f"per_device_train_batch_size × gradient_accumulation_steps = {batch} completions do not "
@@ -102,13 +110,25 @@ class Params(BaseModel):
         return channel(**self.noise())
 
     @property
+    def assumed_rates(self) -> tuple[float, float]:
+        """(a, b) that a mitigation believes in: the channel's own, unless others are given."""
+        a, b = self.assumed_false_positive_rate, self.assumed_false_negative_rate
+        return (self.channel.false_positive_rate if a is None else a,
+                self.channel.false_negative_rate if b is None else b)
+
+    @property
     def folder(self) -> Path:
         """The folder of the run."""
         return WORK / self.output_dir / "runs" / run_id(self)
 
 
 class Study(BaseModel):
-    """A grid: every arm's lists are crossed with each other, with `seeds` and with `base_seeds`."""
+    """A grid: every arm's lists are crossed with each other, with `seeds` and with `base_seeds`.
+
+    An arm may have a `name` and a `reference` (the name of the arm it is compared with), in which {parameter} stands
+    for a value, such as "flip .3, G={num_generations}". Without a name the noise names the arm, and the reference is
+    the clean arm with the same other parameters.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -121,6 +141,12 @@ class Study(BaseModel):
     select: bool = False
     eval_split: Literal["validation", "test"] = "test"
     eval_samples: int = Field(4, ge=1)
+    reference: str = "clean"
+    names: dict[str, tuple[str, str]] = {}
+
+    def arm_and_reference(self, params: Params) -> tuple[str, str]:
+        """What tables call the arm of a run, and the arm that it is compared with."""
+        return self.names.get(run_id(params), (describe(params)[0], "clean"))
 
 
 # --- from names to parameters -----------------------------------------------------------------------------------
@@ -220,20 +246,30 @@ def load_study(name: str, profile: str) -> tuple[Study, list[Params]]:
     values, path = load_yaml(STUDIES, name, "study")
     study = _check(Study, values, path.name)
     output_dir = f"outputs/{study_folder_name(path.stem, profile)}"
-    runs = []
+    runs, names = [], {}
     for i, arm in enumerate(study.arms):
         cells = {**study.fixed, **arm}
+        templates = [cells.pop("name", None), cells.pop("reference", study.reference)]
         lists = {k: v if isinstance(v, list) else [v] for k, v in cells.items()}
         for base_seed, *values, seed in itertools.product(study.base_seeds, *lists.values(), study.seeds):
             try:
                 runs.append(resolve(profile, study.use_selected, **dict(zip(lists, values, strict=True)),
                                     seed=seed, base_seed=base_seed, output_dir=output_dir))
+                if templates[0]:
+                    names[run_id(runs[-1])] = tuple(t.format(**runs[-1].model_dump()) for t in templates)
+            except KeyError as e:
+                raise ValueError(f"{path.name}, arm {i + 1}: name and reference may use parameters in braces, and "
+                                 f"{e} is none{nearest(e.args[0], Params.model_fields)}") from None
             except ValueError as e:
                 raise ValueError(f"{path.name}, arm {i + 1} ({arm or 'clean'}): {e}") from None
     twice = [r for r, n in _count(map(run_id, runs)).items() if n > 1]
     if twice:
         raise ValueError(f"{path.name}: {len(twice)} runs occur twice, the first is {twice[0]}")
-    return study, runs
+    absent = {reference for _, reference in names.values()} - {name for name, _ in names.values()}
+    if absent:
+        raise ValueError(f"{path.name}: no arm is called {sorted(absent)[0]!r}, which others refer to"
+                         f"{nearest(sorted(absent)[0], {name for name, _ in names.values()})}")
+    return study.model_copy(update={"names": names}), runs
 
 
 def _count(items) -> dict:
@@ -256,8 +292,8 @@ def describe(params: Params | dict) -> tuple[str, str, float]:
     else:
         named += [("false positives", a), ("false negatives", b)]
     used = [(name, rate) for name, rate in named if rate]
-    if p["reward"] == "format":
-        used = [("format only", 0.0), *used]
+    if p["reward"] != "accuracy":
+        used = [({"format": "format only", "majority": "majority vote"}[p["reward"]], 0.0), *used]
     if not used:
         return "clean", "clean", 0.0
     name = " + ".join(n for n, _ in used)

@@ -71,10 +71,13 @@ def to_html(notebook: Path) -> Path:
 
 def print_results(folder: Path, console: Console):
     """The table of results and where to read more."""
-    results = pd.read_csv(folder / "results.csv")
-    table = Table(*map(str, results.columns), title=f"{folder.name}: results")
-    for row in results.itertuples(index=False):
-        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row))
+    table = Table("arm", "J", "seeds", "accuracy", "95 % interval", "against clean", "95 % interval", "Holm p",
+                  title=f"{folder.name}: results")
+    for r in pd.read_csv(folder / "results.csv").itertuples():
+        compared = pd.notna(r.difference)
+        table.add_row(r.arm, f"{r.J:.2f}", str(r.seeds), f"{r.estimate:.3f}", f"{r.low:.3f} to {r.high:.3f}",
+                      *((f"{r.difference:+.3f}", f"{r.difference_low:+.3f} to {r.difference_high:+.3f}",
+                         f"{r.p_holm:.2g}") if compared else ("", "", "")))
     console.print(table)
     rendered = [folder / "04_analysis.ipynb", folder / "04_analysis.html"]
     for path in rendered + sorted((folder / "figures").glob("*.png")):

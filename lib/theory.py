@@ -237,31 +237,3 @@ def advantages(rewards: Array, *, std: bool = True, eps: float = EPSILON) -> np.
         return centred
     sd = np.sqrt((centred**2).sum(-1, keepdims=True) / np.maximum(n - 1, 1))
     return np.divide(centred, sd + eps, out=np.zeros_like(centred), where=sd > 0)
-
-
-def backward_correction(rewards: Array, a: Array, b: Array) -> np.ndarray:
-    """(r - a) / J, whose mean given t is t (Natarajan et al. 2013; arXiv 2510.00915, 2510.18924)."""
-    J = youden(a, b)
-    if np.any(np.abs(J) < 1e-12):
-        raise ValueError("backward_correction divides by J = 1 - a - b, here 0: choose a + b other than 1.")
-    return (np.asarray(rewards, dtype=float) - a) / J
-
-
-def forward_correction(rewards: Array, b: Array) -> np.ndarray:
-    """r - (1 - b): b for r = 1, b - 1 for r = 0. Its mean given t is J (t - 1); arXiv 2510.00915."""
-    return np.asarray(rewards, dtype=float) - (1 - _rate("b", b))
-
-
-def sgrpo_weight(observed_mean: Array, p: Array) -> np.ndarray:
-    """S-GRPO's factor w* on a group's std-normalised advantages, for flips at p < 1/2 (arXiv 2508.05928).
-
-    w* = (1-2p) t (1-t) / [sqrt(r (1-r)) sqrt(t (1-t))], r = ``observed_mean``, t = clip((r-p)/(1-2p), 0, 1):
-    the correlation of observed and true reward in a group with these means. 0 where t is 0 or 1.
-    """
-    r, p = _rate("observed_mean", observed_mean), _rate("p", p)
-    if np.any(p >= 0.5):
-        raise ValueError("sgrpo_weight needs observed and true reward to agree more often than not: "
-                         "choose p below 0.5.")
-    t = np.clip((r - p) / (1 - 2 * p), 0.0, 1.0)
-    ratio = np.divide(t * (1 - t), r * (1 - r), out=np.zeros(t.shape), where=t * (1 - t) > 0)
-    return ((1 - 2 * p) * np.sqrt(ratio))[()]

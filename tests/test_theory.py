@@ -14,7 +14,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lib import theory
+from lib import rewards, theory
 
 SEED = int(os.environ.get("THEORY_SEED", secrets.randbelow(2**32)))
 NAMES = ("gap", "energy", "silent", "unanimous_twice", "spurious", "lost", "snr")
@@ -310,7 +310,7 @@ def test_affine_corrections(a, b, k, data):
     J = theory.youden(a, b)
     assume(abs(J) > 1e-3)
     r = np.array(data.draw(st.permutations([1.0] * k + [0.0] * (8 - k))))
-    back, forth = theory.backward_correction(r, a, b), theory.forward_correction(r, b)
+    back, forth = rewards.backward_correction(r, a, b), rewards.forward_correction(r, b)
     plain, mean_only = theory.advantages(r, eps=0.0), theory.advantages(r, std=False)
     if 0 < k < 8:  # rounding leaves unanimous groups an sd of about 1e-16 / J: harmless only with the epsilon
         assert theory.advantages(back, eps=0.0) == pytest.approx(np.sign(J) * plain, abs=1e-9)
@@ -320,21 +320,21 @@ def test_affine_corrections(a, b, k, data):
     with_eps = theory.advantages(back) - np.sign(J) * theory.advantages(r)
     assert np.abs(with_eps).max() <= theory.EPSILON * math.sqrt(8) * np.abs(plain).max() + 1e-9
     # E[correction | t] from the channel itself
-    assert theory.backward_correction([0, 1], a, b) @ [b, 1 - b] == pytest.approx(1, abs=1e-9)
-    assert theory.backward_correction([0, 1], a, b) @ [1 - a, a] == pytest.approx(0, abs=1e-9)
-    assert theory.forward_correction([0, 1], b) @ [b, 1 - b] == pytest.approx(0, abs=1e-9)
-    assert theory.forward_correction([0, 1], b) @ [1 - a, a] == pytest.approx(-J, abs=1e-9)
+    assert rewards.backward_correction([0, 1], a, b) @ [b, 1 - b] == pytest.approx(1, abs=1e-9)
+    assert rewards.backward_correction([0, 1], a, b) @ [1 - a, a] == pytest.approx(0, abs=1e-9)
+    assert rewards.forward_correction([0, 1], b) @ [b, 1 - b] == pytest.approx(0, abs=1e-9)
+    assert rewards.forward_correction([0, 1], b) @ [1 - a, a] == pytest.approx(-J, abs=1e-9)
 
 
 def test_sgrpo_weight():
     r, p = np.linspace(0, 1, 9), 0.2
-    w = theory.sgrpo_weight(r, p)
+    w = rewards.sgrpo_weight(r, p)
     assert np.all((w >= 0) & (w <= 1)) and np.all(w[(r <= p) | (r >= 1 - p)] == 0)
-    assert theory.sgrpo_weight(r[1:-1], 0.0) == pytest.approx(1)  # no noise: plain GRPO
+    assert rewards.sgrpo_weight(r[1:-1], 0.0) == pytest.approx(1)  # no noise: plain GRPO
     q = 0.3  # at the observed mean that flips of rate p make of q, w* is the correlation of r and t
     s = theory.observed_rate(q, p, p)
     covariance = (1 - p) * q - q * s
-    assert theory.sgrpo_weight(s, p) == pytest.approx(covariance / math.sqrt(q * (1 - q) * s * (1 - s)))
+    assert rewards.sgrpo_weight(s, p) == pytest.approx(covariance / math.sqrt(q * (1 - q) * s * (1 - s)))
 
 
 @pytest.mark.parametrize(("call", "says"), [
@@ -347,9 +347,8 @@ def test_sgrpo_weight():
     (lambda: theory.signal_to_noise(0.5, 0, 0, 8, level="token"), "level is 'token': choose one of"),
     (lambda: theory.signal_to_noise(0.5, 0, 0, 8, visits=0), "visits .* at least 1"),
     (lambda: theory.prompt_budget(0.5, 0, 1.1, 8), "b is a probability"),
-    (lambda: theory.backward_correction(1, 0.3, 0.7), "J = 1 - a - b.*choose"),
-    (lambda: theory.forward_correction(1, 3), "b is a probability"),
-    (lambda: theory.sgrpo_weight(0.5, 0.5), "choose p below 0.5"),
+    (lambda: rewards.backward_correction(1, 0.3, 0.7), "J = 1 - a - b.*choose"),
+    (lambda: rewards.sgrpo_weight(0.5, 0.5), "choose p below 0.5"),
 ])
 def test_bad_arguments_are_named(call, says):
     with pytest.raises(ValueError, match=says):
