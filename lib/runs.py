@@ -125,6 +125,8 @@ class Params(BaseModel):
 class Study(BaseModel):
     """A grid: every arm's lists are crossed with each other, with `seeds` and with `base_seeds`.
 
+    With `cross_base_seeds: false` each seed has one base policy, in turn: seeds 0, 1, 2 on base policies 0, 1, 0.
+
     An arm may have a `name` and a `reference` (the name of the arm it is compared with), in which {parameter} stands
     for a value, such as "flip .3, G={num_generations}". Without a name the noise names the arm, and the reference is
     the clean arm with the same other parameters.
@@ -136,11 +138,13 @@ class Study(BaseModel):
     arms: list[dict[str, Any]]
     seeds: list[int] = Field(min_length=1)
     base_seeds: list[int] = Field([0], min_length=1)
+    cross_base_seeds: bool = True
     fixed: dict[str, Any] = {}
     use_selected: bool = True
     select: bool = False
     eval_split: Literal["validation", "test"] = "test"
     eval_samples: int = Field(4, ge=1)
+    eval_limit: int | None = Field(None, ge=1)
     reference: str = "clean"
     names: dict[str, tuple[str, str]] = {}
 
@@ -246,12 +250,15 @@ def load_study(name: str, profile: str) -> tuple[Study, list[Params]]:
     values, path = load_yaml(STUDIES, name, "study")
     study = _check(Study, values, path.name)
     output_dir = f"outputs/{study_folder_name(path.stem, profile)}"
+    bases = itertools.cycle(study.base_seeds)
+    replicates = (list(itertools.product(study.base_seeds, study.seeds)) if study.cross_base_seeds else
+                  [(next(bases), seed) for seed in study.seeds])
     runs, names = [], {}
     for i, arm in enumerate(study.arms):
         cells = {**study.fixed, **arm}
         templates = [cells.pop("name", None), cells.pop("reference", study.reference)]
         lists = {k: v if isinstance(v, list) else [v] for k, v in cells.items()}
-        for base_seed, *values, seed in itertools.product(study.base_seeds, *lists.values(), study.seeds):
+        for (base_seed, seed), *values in itertools.product(replicates, *lists.values()):
             try:
                 runs.append(resolve(profile, study.use_selected, **dict(zip(lists, values, strict=True)),
                                     seed=seed, base_seed=base_seed, output_dir=output_dir))

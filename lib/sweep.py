@@ -52,7 +52,7 @@ def run_grid(grid: list[runs.Params], address: str | None = None, cpus_per_run: 
     import ray
 
     ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")
-    task = ray.remote(num_cpus=cpus_per_run, num_gpus=gpus_per_run, max_retries=0, max_calls=1)(execute)
+    task = ray.remote(num_cpus=cpus_per_run, num_gpus=gpus_per_run, max_retries=0)(execute)
     slots = max(1, int(min(ray.cluster_resources().get("CPU", 1) / cpus_per_run if cpus_per_run else len(todo),
                            ray.cluster_resources().get("GPU", 0) / gpus_per_run if gpus_per_run else len(todo))))
     began, took, failed, tries = time.time(), [], {}, {}

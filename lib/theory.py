@@ -17,9 +17,13 @@ or np.inf for the limit. Results are float64 of the broadcast shape. A ValueErro
 notebooks/helpers/theory.ipynb derives the formulas and checks them against simulation.
 """
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import ArrayLike as Array
 from scipy.special import gammaln
+from scipy.stats import multinomial
 
 EPSILON = 1e-4  # what TRL adds to the standard deviation of a group
 LEVELS = ("rollout", "group", "prompt")
@@ -237,3 +241,117 @@ def advantages(rewards: Array, *, std: bool = True, eps: float = EPSILON) -> np.
         return centred
     sd = np.sqrt((centred**2).sum(-1, keepdims=True) / np.maximum(n - 1, 1))
     return np.divide(centred, sd + eps, out=np.zeros_like(centred), where=sd > 0)
+
+
+# --- beside a reward log: groups of which the number of right completions is known ------------------------------
+
+class GivenTrue(NamedTuple):
+    """Expectations for a group with k right completions; the first three are probabilities.
+
+    ``energy`` is E[A^2] of a completion. ``right`` is E[sum of A over the right completions]; over the wrong
+    ones it is -right, because advantages sum to 0.
+    """
+
+    silent: np.ndarray
+    spurious: np.ndarray
+    lost: np.ndarray
+    energy: np.ndarray
+    right: np.ndarray
+
+
+class Comparison(NamedTuple):
+    """A measured mean, its prediction, and the standard error of measured minus predicted."""
+
+    measured: float
+    predicted: float
+    se: float
+
+
+def _counts(n: int, one: float, m: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ones, zeros, probability): all that n completions can show, each shown with 1-m, then 1 with ``one``."""
+    ones, zeros = np.indices((n + 1, n + 1)).reshape(2, -1)
+    shares = [(1 - m) * one, (1 - m) * (1 - one), m]
+    ones, zeros = ones[ones + zeros <= n], zeros[ones + zeros <= n]
+    p = multinomial.pmf(np.stack([ones, zeros, n - ones - zeros], axis=-1), n, shares)
+    return ones[p > 0], zeros[p > 0], p[p > 0]
+
+
+def _outcomes(k: int, G: int, a: float, b: float, m: float, std: bool, level: str, eps: float):
+    """What the channel can make of a group: probabilities (n,) and the GivenTrue values (5, n) of each outcome.
+
+    Shared noise has four outcomes, in one order for every k: all reversed, all made equal, as they are, withheld.
+    """
+    if level == "rollout":
+        of_right, of_wrong = _counts(k, 1 - b, m), _counts(G - k, a, m)
+        i, j = np.indices((len(of_right[0]), len(of_wrong[0]))).reshape(2, -1)
+        (right_1, right_0, p), (wrong_1, wrong_0, p_wrong) = [x[i] for x in of_right], [x[j] for x in of_wrong]
+        p = p * p_wrong
+    else:
+        p = np.array([min(a, b), abs(a - b), 1 - max(a, b), 0.0]) * (1 - m) + [0, 0, 0, m]
+        right_1, right_0 = k * np.array([0, 0, 1, 0]), k * np.array([1, 1, 0, 0])
+        wrong_1, wrong_0 = (G - k) * np.array([1, 0, 0, 0]), (G - k) * np.array([0, 1, 1, 0])
+    ones, n = right_1 + wrong_1, right_1 + right_0 + wrong_1 + wrong_0
+    mixed, mean = (ones > 0) & (ones < n), ones / np.maximum(n, 1)
+    sd = np.sqrt(n * mean * (1 - mean) / np.maximum(n - 1, 1)) + eps if std else 1.0
+    up, down = (np.where(mixed, x, 0.0) / np.where(mixed, sd, 1.0) for x in (1 - mean, mean))
+    truly_mixed = 0 < k < G
+    return p, np.stack([~mixed, mixed & (not truly_mixed), ~mixed & truly_mixed,
+                        (ones * up**2 + (n - ones) * down**2) / G, right_1 * up - right_0 * down]).astype(float)
+
+
+@lru_cache(maxsize=256)
+def _table(G, a, b, m, std, level, eps) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """For k = 0..G: means and variances (5, G+1); and, for shared noise, probabilities and values of outcomes."""
+    found = [_outcomes(k, int(G), a, b, m, std, level, eps) for k in range(int(G) + 1)]
+    mean = np.stack([v @ p for p, v in found], axis=1)
+    square = np.stack([v**2 @ p for p, v in found], axis=1)
+    p, values = (found[0][0], np.stack([v for _, v in found], axis=-1)) if level != "rollout" else (None, None)
+    return mean, np.maximum(square - mean**2, 0.0), p, values
+
+
+def given_true(k: Array, G: int, a: float, b: float, *, std: bool = True, level: str = "rollout",
+               abstain: float = 0.0, eps: float = 0.0) -> GivenTrue:
+    """What to expect of groups with k right completions of G; k whole numbers, any shape, the rest scalars.
+
+    Exact, by enumeration of all rewards that the channel can show. Prompts differ in q, and a polynomial at the
+    mean q is not the mean of the polynomial; averaged over the k of a log this needs no q at all. Averaged over
+    k ~ Bin(G, q) it gives the functions above; the gap is then E[right] / (G q (1-q)).
+    """
+    _inputs(0.0, a, b, G, abstain, level)
+    k = np.asarray(k)
+    if not np.all((k >= 0) & (k <= G) & (k == np.floor(k))):
+        raise ValueError(f"k counts the right completions of a group of {G}: give whole numbers from 0 to {G}.")
+    return GivenTrue(*_table(G, a, b, abstain, std, level, eps)[0][:, k.astype(int)])
+
+
+def beside_measurement(t: Array, r: Array, prompt: Array, a: float, b: float, *, std: bool = True,
+                       level: str = "rollout", abstain: float = 0.0, eps: float = EPSILON) -> dict[str, Comparison]:
+    """Measured groups beside the prediction from their true rewards: silent, spurious, energy and gap.
+
+    t, r: true and observed rewards (groups, G), NaN withheld; prompt: what each group answers (groups,). Advantages
+    are TRL's, of the observed rewards. The standard error is exact, not estimated: given the k, groups are
+    independent at rollout and group level, and the visits of a prompt share one draw at prompt level. There the
+    policy has been trained on a prompt's wrong label when it meets the prompt again, so that k and draw are no
+    longer independent: agreement is certain for first visits only. Gap: NaN if all or no completions are right.
+    """
+    t, r = np.asarray(t, dtype=float), np.asarray(r, dtype=float)
+    groups, G = t.shape
+    _inputs(0.0, a, b, G, abstain, level)
+    k, shown = t.sum(axis=1).astype(int), ~np.isnan(r)
+    A, ones = advantages(r, std=std, eps=eps), np.nansum(r, axis=1)
+    mixed, unanimous = (ones > 0) & (ones < shown.sum(axis=1)), (k == 0) | (k == G)
+    found = np.stack([~mixed, mixed & unanimous, (A**2).mean(axis=1), (A * t).sum(axis=1)]).astype(float)
+    right, wrong = k.sum(), groups * G - k.sum()
+    per_right = 1 / right + 1 / wrong if right and wrong else np.nan  # the sum over wrong ones is minus this sum
+    weight, rows = np.array([1 / groups, 1 / groups, 1 / groups, per_right]), [0, 1, 3, 4]
+    mean, variance, p, values = _table(G, a, b, abstain, std, level, eps)
+    if level == "prompt":
+        which, visits = np.unique(np.asarray(prompt), return_inverse=True)
+        sums = np.stack([[np.bincount(visits, v[k], len(which)) for v in values[row]] for row in rows])
+        total = (np.einsum("rsp,s->rp", sums**2, p) - np.einsum("rsp,s->rp", sums, p) ** 2).sum(axis=1)
+    else:
+        total = variance[rows][:, k].sum(axis=1)
+    columns = (found.sum(axis=1) * weight, mean[rows][:, k].sum(axis=1) * weight,
+               np.sqrt(np.maximum(total, 0.0)) * weight)
+    return {name: Comparison(*map(float, row)) for name, row in
+            zip(("silent", "spurious", "energy", "gap"), zip(*columns, strict=True), strict=True)}

@@ -14,6 +14,7 @@ from lib.answers import Verifier
 from lib.noise import channel
 
 VERIFIER = Verifier()
+UNCORRECTED = rewards.estimator("none")
 
 
 def chat(text):
@@ -31,10 +32,10 @@ def batch(step=0, groups=4, size=8, as_chat=False):
             "trainer_state": SimpleNamespace(global_step=step), "log_extra": None, "level": ["Level 1"] * len(ids)}
 
 
-def run(folder, chan=None, seed=0, steps=(0,), source="accuracy", **how):
+def run(folder, chan=None, seed=0, steps=(0,), source="accuracy", correct=UNCORRECTED, **how):
     """Call the reward function of a run once a step. Returns the last rewards and all metrics."""
     metrics = []
-    f = rewards.noisy_reward(VERIFIER, chan or channel(), seed, folder / "rewards", source)
+    f = rewards.noisy_reward(VERIFIER, chan or channel(), seed, folder / "rewards", source, correct)
     for step in steps:
         r = f(**batch(step, **how), log_metric=lambda name, value: metrics.append((name, value)))
     return r, metrics
@@ -85,7 +86,7 @@ def test_a_withheld_reward_is_none_for_trl_and_missing_in_the_log(tmp_path):
 
 
 def test_an_unknown_reward_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="reward='length' is unknown: choose accuracy or format"):
+    with pytest.raises(ValueError, match="reward='length' is unknown: choose accuracy, format or majority"):
         rewards.noisy_reward(VERIFIER, channel(), 0, tmp_path, "length")
 
 
@@ -100,6 +101,7 @@ def test_the_log_says_what_happened_to_each_completion(tmp_path):
     assert (log.step == 3).all() and log.rollout.tolist() == list(range(8)) * 4
     assert log.sample_id.tolist() == batch()["sample_id"]
     assert log.true_reward.tolist() == right().tolist() and log.observed_reward.tolist() == r
+    assert log.verdict.tolist() == log.true_reward.tolist() and log.returned.tolist() == r
     assert log.changed.tolist() == (log.true_reward != log.observed_reward).tolist() and log.changed.any()
     assert log.format_ok.tolist() == ([True] * 7 + [False]) * 4
     assert log.completion_tokens.tolist() == [i % 7 + 1 for i in range(32)]
@@ -220,18 +222,58 @@ def test_the_format_control_never_shows_the_verdict_and_logs_it(tmp_path):
     r, metrics = run(tmp_path, source="format")
     log = rewards.read_log(tmp_path)
     assert r == log.observed_reward.tolist() == ([1.0] * 7 + [0.0]) * 4
-    assert log.true_reward.tolist() == right().tolist()
+    assert log.true_reward.tolist() == right().tolist() and log.verdict.tolist() == r and not log.changed.any()
     assert dict(metrics)["clean_mean"] == right().mean() and dict(metrics)["observed_mean"] == 7 / 8
     noisy, _ = run(tmp_path, channel(mask_rate=0.5), source="format", seed=1)
     log = rewards.read_log(tmp_path)
     assert 0 < sum(noisy) < sum(r)
-    assert noise.replay(log.assign(true_reward=log.format_ok.astype(int)), channel(mask_rate=0.5), 1).empty
+    assert noise.replay(log, channel(mask_rate=0.5), 1).empty
+
+
+# ---- votes and mitigations
+
+
+@pytest.mark.parametrize("answers, verdict", [
+    (["1", "2", "2", "3"], [0, 1, 1, 0]), (["1", "2", "2", "1"], [1, 0, 0, 1]), ([None, "", "4", None], [0, 0, 1, 0]),
+    ([None, None, "", None], [0, 0, 0, 0]), (["1/2", r"\frac{1}{2}", "3", "4"], [1, 1, 0, 0])])
+def test_the_most_common_answer_wins_and_no_answer_never_does(answers, verdict):
+    assert rewards.majority_reward(answers, ["a"] * 4).tolist() == verdict
+    mixed = rewards.majority_reward([*answers, *answers[::-1]], ["a", "a", "a", "a", "b", "b", "b", "b"])
+    assert mixed[:4].tolist() == verdict  # another problem's votes do not count
+
+
+def test_votes_do_not_see_the_gold_answer(tmp_path):
+    r, metrics = run(tmp_path, source="majority")
+    log = rewards.read_log(tmp_path)
+    vote = [0.0 if i == 7 else float(i < g) if g > 3 else float(i >= g) for g in range(4) for i in range(8)]
+    assert r == log.verdict.tolist() == vote  # with at most three right of eight, the common wrong answer wins
+    assert log.true_reward.tolist() == right().tolist() and dict(metrics)["clean_mean"] == right().mean()
+
+
+@pytest.mark.parametrize("mitigation, expected", [
+    ("none", lambda r: r), ("backward", lambda r: (r - 0.2) / 0.6), ("forward", lambda r: r - 0.8)])
+def test_the_trainer_gets_the_corrected_reward_and_the_log_has_both(tmp_path, mitigation, expected):
+    chan = channel(label_flip_rate=0.2, abstain_rate=0.2)
+    r, _ = run(tmp_path, chan, correct=rewards.estimator(mitigation, 0.2, 0.2))
+    log = rewards.read_log(tmp_path)
+    returned = np.array(r, float)
+    assert np.isnan(returned).any() and np.allclose(returned, log.returned, equal_nan=True)
+    assert np.allclose(returned, expected(log.observed_reward), equal_nan=True)
+    assert noise.replay(log, chan, 0).empty
+
+
+@pytest.mark.parametrize("how, message", [
+    (("sgrpo", 0.1, 0.3), "made for flips, a = b, but assumes a=0.1 and b=0.3"), (("sgrpo", 0.5, 0.5), "below 0.5"),
+    (("backward", 0.5, 0.5), "choose a . b other than 1"), (("clip",), "mitigation='clip' is unknown: choose none")])
+def test_a_mitigation_that_cannot_work_is_refused_before_training(how, message):
+    with pytest.raises(ValueError, match=message):
+        rewards.estimator(*how)
 
 
 # ---- a real trainer: two steps of a tiny policy with random weights
 
 
-def train(folder, chan, scale_rewards="group"):
+def train(folder, chan, scale_rewards="group", correct=UNCORRECTED):
     """Two GRPO steps of 16 completions on a CPU. Returns the trainer and the run's log."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -247,7 +289,7 @@ def train(folder, chan, scale_rewards="group"):
     trainer = GRPOTrainer(
         model=tiny_model(0, hidden_size=16, num_layers=1), args=config, train_dataset=data,
         processing_class=tiny_tokenizer(),
-        reward_funcs=rewards.noisy_reward(VERIFIER, chan, 7, folder / "rewards"))
+        reward_funcs=rewards.noisy_reward(VERIFIER, chan, 7, folder / "rewards", correct=correct))
     trainer.train()
     return trainer, rewards.read_log(folder)
 
@@ -308,3 +350,13 @@ def test_without_scaling_the_advantage_is_the_centred_reward(tmp_path):
     trainer, log = train(tmp_path, channel(label_flip_rate=0.4), scale_rewards="none")
     last = log.tail(len(trainer._logs["advantages"]))
     assert list(trainer._logs["advantages"]) == pytest.approx(advantages(last, scaled=False).tolist(), abs=1e-6)
+
+
+def test_sgrpo_advantages_reach_the_policy_unchanged(tmp_path):
+    trainer, log = train(tmp_path, channel(label_flip_rate=0.3), "none", rewards.estimator("sgrpo", 0.3, 0.3))
+    last = log.tail(len(trainer._logs["advantages"]))
+    groups = last.groupby("sample_id").observed_reward
+    weighted = rewards.sgrpo_weight(groups.transform("mean").to_numpy(), 0.3) * advantages(last).to_numpy()
+    assert list(trainer._logs["advantages"]) == pytest.approx(weighted.tolist(), abs=1e-5)
+    assert list(trainer._logs["advantages"]) == pytest.approx(last.returned.tolist(), abs=1e-6)
+    assert np.abs(weighted).max() > 0.1

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy.stats import binom
 
 from lib import rewards, theory
 
@@ -347,9 +348,78 @@ def test_sgrpo_weight():
     (lambda: theory.signal_to_noise(0.5, 0, 0, 8, level="token"), "level is 'token': choose one of"),
     (lambda: theory.signal_to_noise(0.5, 0, 0, 8, visits=0), "visits .* at least 1"),
     (lambda: theory.prompt_budget(0.5, 0, 1.1, 8), "b is a probability"),
+    (lambda: theory.given_true(9, 8, 0.1, 0.1), "k counts the right completions of a group of 8"),
+    (lambda: theory.given_true(1.5, 8, 0.1, 0.1), "whole numbers from 0 to 8"),
+    (lambda: theory.given_true(1, 8, 0.1, 1.1), "b is a probability"),
     (lambda: rewards.backward_correction(1, 0.3, 0.7), "J = 1 - a - b.*choose"),
     (lambda: rewards.sgrpo_weight(0.5, 0.5), "choose p below 0.5"),
 ])
 def test_bad_arguments_are_named(call, says):
     with pytest.raises(ValueError, match=says):
         call()
+
+
+@pytest.mark.parametrize("level", theory.LEVELS)
+def test_given_the_right_completions_averages_to_the_formulas(rng, level):
+    """Averaged over k ~ Bin(G, q), every quantity given k is the formula that knows q only."""
+    for std, m, G in itertools.product((True, False), (0.0, 0.37, 1.0), (2, 5, 8, 13)):
+        q, a, b = rng.uniform(0.05, 0.95, size=3)
+        eps = rng.choice([0.0, theory.EPSILON, 0.1])
+        weight = binom.pmf(np.arange(G + 1), G, q)
+        found = theory.given_true(np.arange(G + 1), G, a, b, std=std, level=level, abstain=m, eps=eps)
+        expected = by_theory(q, a, b, G, m, std, level, eps)
+        for name in ("silent", "spurious", "lost", "energy"):
+            assert weight @ getattr(found, name) == pytest.approx(expected[name], abs=1e-10), name
+        gap = weight @ found.right / (G * q * (1 - q))
+        assert gap == pytest.approx(expected["gap"], abs=1e-9), (q, a, b, G, m, std, level, eps)
+
+
+def test_given_the_right_completions_in_the_limits():
+    k = np.arange(9)
+    clean = theory.given_true(k, 8, 0, 0)
+    assert clean.silent.tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 1]
+    assert not clean.spurious.any() and not clean.lost.any()
+    by_hand = [theory.advantages(np.arange(8) < n, eps=0.0) for n in k]
+    assert clean.energy == pytest.approx([(A**2).mean() for A in by_hand])
+    assert clean.right == pytest.approx([A[:n].sum() for n, A in zip(k, by_hand, strict=True)])
+    coin = theory.given_true([[0, 4], [6, 8]], 8, 0.5, 0.5)
+    assert coin.right == pytest.approx(np.zeros((2, 2)), abs=1e-12)
+    assert coin.silent == pytest.approx(np.full((2, 2), 2 / 2**8))
+    flipped = theory.given_true(k, 8, 1, 1, level="group")
+    assert flipped.right == pytest.approx(-clean.right) and flipped.energy == pytest.approx(clean.energy)
+    assert theory.given_true(3, 8, 0.2, 0.2, abstain=1).silent == pytest.approx(1)
+
+
+@pytest.mark.parametrize("level", theory.LEVELS)
+def test_beside_measurement_is_unbiased_and_its_standard_error_right(rng, level):
+    """400 logs of prompts that differ in q: z scores have mean 0 and variance 1 (five standard errors)."""
+    a, b, m = rng.uniform(0.05, 0.4, size=3)
+    G, prompts, visits, z = 6, 40, 3, []
+    q = rng.beta(0.7, 0.7, size=(prompts, 1, 1))
+    prompt = np.repeat(np.arange(prompts), visits)
+    width = {"rollout": (prompts, visits, G), "group": (prompts, visits, 1), "prompt": (prompts, 1, 1)}[level]
+    for _ in range(400):
+        t = (rng.random((prompts, visits, G)) < q).astype(float)
+        u, withheld = rng.random(width), np.broadcast_to(rng.random(width) < m, t.shape)
+        r = np.where(withheld, np.nan, np.where(t == 1, u >= b, u < a))
+        found = theory.beside_measurement(t.reshape(-1, G), r.reshape(-1, G), prompt, a, b, level=level, abstain=m)
+        z.append([(c.measured - c.predicted) / c.se if c.se else 0.0 for c in found.values()])
+    z = np.array(z)
+    assert np.abs(z.mean(0)).max() < 5 / math.sqrt(400)
+    spread = z.std(0)[z.std(0) > 0]  # shared noise makes no spurious group: nothing to be uncertain about
+    assert len(spread) == (4 if level == "rollout" else 3)
+    assert np.abs(spread - 1).max() < 5 * 1.5 / math.sqrt(800), spread
+
+
+def test_beside_measurement_measures_what_it_says(rng):
+    t = np.array([[1, 1, 1, 1], [0, 0, 0, 1], [1, 1, 0, 0]])
+    r = np.array([[1, 1, 0, 1], [0, 0, 0, 0], [1, 1, 0, 0]])
+    found = theory.beside_measurement(t, r, ["x", "y", "z"], 0.1, 0.2, eps=0.0)
+    A = theory.advantages(r, eps=0.0)
+    assert found["silent"].measured == pytest.approx(1 / 3) and found["spurious"].measured == pytest.approx(1 / 3)
+    assert found["energy"].measured == pytest.approx((A**2).mean())
+    assert found["gap"].measured == pytest.approx(A[t == 1].mean() - A[t == 0].mean())
+    expected = theory.given_true([4, 1, 2], 4, 0.1, 0.2)
+    assert found["energy"].predicted == pytest.approx(expected.energy.mean())
+    assert found["gap"].predicted == pytest.approx(expected.right.sum() * (1 / 7 + 1 / 5))
+    assert math.isnan(theory.beside_measurement(t[:1], r[:1], ["x"], 0.1, 0.2)["gap"].measured)
