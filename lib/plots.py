@@ -3,6 +3,7 @@
 One style for all: seaborn's colour-blind palette, a marker for each channel, 8 x 4.5 inches at 150 dpi.
 Accuracies and differences are fractions in the frames and percent on the axes. A NaN bound draws no bar.
 """
+import re
 import textwrap
 from itertools import cycle
 from pathlib import Path
@@ -22,8 +23,9 @@ STYLE = {"font.size": 11, "axes.titlesize": 12, "axes.titlelocation": "left", "l
          "figure.constrained_layout.use": True, "figure.dpi": DPI, "savefig.dpi": DPI}
 COLOURS = sns.color_palette("colorblind")
 CHANNELS = {"flip": (COLOURS[0], "o"), "mask": (COLOURS[1], "s"), "false positives": (COLOURS[2], "^"),
-            "false negatives": (COLOURS[4], "v"), "abstain": (COLOURS[3], "D")}
+            "false negatives": (COLOURS[4], "v"), "abstain": (COLOURS[3], "D"), "clean": ("black", "o")}
 CLEAN, BASE = "black", "0.45"
+LEVEL_MARKERS = {"rollout": "o", "group": "s", "prompt": "^"}
 
 
 def save(fig: Figure, path: str | Path) -> Path:
@@ -39,6 +41,30 @@ def looks(channels) -> dict[str, tuple]:
     """(colour, marker) of each channel; channels without a fixed look share the remaining ones in turn."""
     spare = cycle(zip([COLOURS[9], COLOURS[5], COLOURS[7], COLOURS[6]], "PX*h", strict=True))
     return {c: CHANNELS[c] if c in CHANNELS else next(spare) for c in channels}
+
+
+def kind(channel: str) -> str:
+    """A channel's name without its level: "flip" for "flip (prompt)"."""
+    return re.sub(r" \((group|prompt)\)$", "", channel)
+
+
+def level_of(channel: str) -> str:
+    """The level in a channel's name: "prompt" for "flip (prompt)", "rollout" for "flip"."""
+    found = re.search(r" \((group|prompt)\)$", channel)
+    return found[1] if found else "rollout"
+
+
+def looks_by_level(channels) -> tuple[dict[str, tuple], list[Line2D]]:
+    """(colour, marker) of each channel, and legend handles: colours for kinds, markers for levels if there are two."""
+    kinds, levels = (list(dict.fromkeys(map(f, channels))) for f in (kind, level_of))
+    colours = {k: colour for k, (colour, _) in looks(kinds).items()}
+    if len(levels) < 2:
+        styles = {c: (colours[kind(c)], marker) for c, (_, marker) in looks(channels).items()}
+        return styles, [Line2D([], [], color=c, marker=m, label=n) for n, (c, m) in styles.items()]
+    styles = {c: (colours[kind(c)], LEVEL_MARKERS[level_of(c)]) for c in channels}
+    handles = [Line2D([], [], color=colour, linewidth=3, label=k) for k, colour in colours.items()]
+    return styles, handles + [Line2D([], [], color="0.3", marker=LEVEL_MARKERS[v], linestyle="none", label=f"{v} level")
+                              for v in levels]
 
 
 def _need(frame: pd.DataFrame, *columns: str):
@@ -98,18 +124,95 @@ def j_axis(table: pd.DataFrame, base: float | None = None) -> Figure:
     _need(table, "channel", "J", "estimate", "low", "high")
     fig, ((ax,),) = plt.subplots(figsize=SIZE, squeeze=False)
     noisy = table[table["channel"] != "clean"]
-    styles = looks(noisy["channel"].unique())
+    styles, handles = looks_by_level(noisy["channel"].unique())
+    gap = np.diff(np.unique(table["J"].round(6))).min(initial=1.0)
+    step = np.clip(0.5 * gap / max(len(styles), 1), 0.002, 0.016)  # bars at one J stay apart
     for i, (channel, (colour, marker)) in enumerate(styles.items()):
         rows = noisy[noisy["channel"] == channel].sort_values("J")
-        shift = 0.006 * ((len(styles) - 1) / 2 - i)  # bars at one J stay apart
-        _points(ax, rows["J"] + shift, rows, colour, marker, channel, line=True)
+        _points(ax, rows["J"] + step * ((len(styles) - 1) / 2 - i), rows, colour, marker, line=True)
     clean = table[table["channel"] == "clean"]
     if len(clean):
-        _points(ax, clean["J"], clean, CLEAN, "o", "clean")
+        _points(ax, clean["J"], clean, CLEAN, "o")
+        handles.append(Line2D([], [], color=CLEAN, marker="o", linestyle="none", label="clean"))
     _accuracy_axis(ax, base)
     ax.invert_xaxis()
     ax.set(xlabel="J = 1 − a − b (1: clean, 0: no signal, below 0: reversed)", ylabel="accuracy")
-    _legend(fig, ax)
+    handles += [line for line in ax.lines if line.get_linestyle() == "--"]
+    fig.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=10)
+    return fig
+
+
+@plt.rc_context(STYLE)
+def arm_accuracies(table: pd.DataFrame, base: float | None = None) -> Figure:
+    """Forest plot of accuracies, a block a reference with a line through it; the base policy is the dashed line.
+
+    `table`: arm, reference, channel, estimate, low, high. An arm that is its own reference opens its block.
+    """
+    _need(table, "arm", "reference", "channel", "estimate", "low", "high")
+    styles, _ = looks_by_level(table["channel"].unique())
+    table, order = table.set_index("arm"), []
+    for reference, block in table.groupby("reference", sort=False):
+        arms = [reference, *block.index.drop(reference, errors="ignore")]
+        order += [(arm, reference) for arm in arms if arm in table.index and len(arms) > 1]
+    order += [(arm, arm) for arm in table.index if arm not in {a for a, _ in order}]
+    fig, ((ax,),) = plt.subplots(figsize=(8, max(2.8, 1.2 + 0.3 * len(order))), squeeze=False)
+    for y, (arm, reference) in enumerate(order):
+        row, alone = table.loc[arm], arm == reference
+        colour, marker = (CLEAN, "o") if alone else styles[row["channel"]]
+        ax.errorbar(row["estimate"], y, xerr=[[row["estimate"] - row["low"]], [row["high"] - row["estimate"]]],
+                    color=colour, marker=marker, capsize=3, markersize=6)
+        if alone:
+            rows = [i for i, (_, r) in enumerate(order) if r == reference]
+            ax.vlines(row["estimate"], y, max(rows) + 0.4, color=CLEAN, linewidth=0.8, alpha=0.6)
+    if base is not None:
+        ax.axvline(base, color=BASE, linestyle="--", linewidth=1.2, label="base policy, before training")
+        fig.legend(loc="outside upper center", fontsize=10)
+    ax.set_yticks(range(len(order)), [arm for arm, _ in order], fontsize=9)
+    for label, (arm, reference) in zip(ax.get_yticklabels(), order, strict=True):
+        label.set_fontweight("bold" if arm == reference else "normal")
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.set_xlabel("accuracy")
+    return fig
+
+
+QUANTITIES = {"silent": "groups without signal", "spurious": "spurious groups",
+              "energy": "mean squared advantage, E[A²]", "gap": "advantage gap"}
+
+
+@plt.rc_context(STYLE)
+def beside_theory(table: pd.DataFrame) -> Figure:
+    """Measured against predicted, a panel a quantity, a point an arm, bars of 1.96 standard errors, the diagonal.
+
+    `table`: channel, quantity (a key of QUANTITIES), measured, predicted, se.
+    """
+    _need(table, "channel", "quantity", "measured", "predicted", "se")
+    styles, handles = looks_by_level(table["channel"].unique())
+    fig, axes = plt.subplots(2, 2, figsize=(8, 6.5), squeeze=False)
+    for ax, (quantity, title) in zip(axes.flat, QUANTITIES.items(), strict=True):
+        part = table[table["quantity"] == quantity]
+        for row in part.itertuples():
+            colour, marker = styles[row.channel]
+            ax.errorbar(row.predicted, row.measured, 1.96 * row.se, color=colour, marker=marker, capsize=2,
+                        markersize=5, alpha=0.8)
+        ax.axline((0, 0), slope=1, color=CLEAN, linewidth=0.8, zorder=0)
+        ax.set_title(title)
+    fig.supxlabel("predicted from the true rewards and the rates", fontsize=11)
+    fig.supylabel("measured in the reward log", fontsize=11)
+    fig.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=10)
+    return fig
+
+
+@plt.rc_context(STYLE)
+def level_table(table: pd.DataFrame, arms: list[str]) -> Figure:
+    """Accuracy by arm and difficulty level as a shaded table with numbers in percent: arm, level, estimate."""
+    _need(table, "arm", "level", "estimate")
+    grid = 100 * table.pivot(index="arm", columns="level", values="estimate").reindex(arms)
+    grid.columns = [str(c).replace("Level ", "") for c in grid.columns]
+    fig, ((ax,),) = plt.subplots(figsize=(8, 1.2 + 0.32 * len(grid)), squeeze=False)
+    sns.heatmap(grid, annot=True, fmt=".0f", cmap="viridis", cbar=False, linewidths=0.5, ax=ax)
+    ax.set(xlabel="level", ylabel="")
     return fig
 
 
@@ -187,13 +290,14 @@ def by_level(table: pd.DataFrame) -> Figure:
 
 @plt.rc_context(STYLE)
 def paired_differences(table: pd.DataFrame, alpha: float = 0.05) -> Figure:
-    """Forest plot of the differences from clean. Filled: significant after Holm. Grey: too small to be found.
+    """Forest plot of the differences from a reference. Filled: significant after Holm. Grey: too small to be found.
 
-    `table`: arm, channel, difference, difference_low, difference_high, p_holm, mde (half-width of the band).
+    `table`: arm, channel, reference ("clean" without it), difference, difference_low, difference_high, p_holm,
+    mde (half-width of the band).
     """
     _need(table, "arm", "channel", "difference", "difference_low", "difference_high", "p_holm", "mde")
     fig, ((ax,),) = plt.subplots(figsize=(8, max(2.8, 1.5 + 0.36 * len(table))), squeeze=False)
-    styles = looks(table["channel"].unique())
+    styles, _ = looks_by_level(table["channel"].unique())
     for y, row in enumerate(table.itertuples()):
         colour, marker = styles[row.channel]
         if np.isfinite(row.mde):
@@ -202,11 +306,15 @@ def paired_differences(table: pd.DataFrame, alpha: float = 0.05) -> Figure:
         ax.errorbar(row.difference, y, xerr=bars, color=colour, marker=marker, capsize=3, markersize=7,
                     markerfacecolor=colour if row.p_holm < alpha else "white")
     ax.axvline(0, color=CLEAN, linewidth=1)
-    ax.set_yticks(range(len(table)), table["arm"])
+    against = table["reference"] if "reference" in table else pd.Series("clean", table.index)
+    against = against.str.split(" | ", regex=False).str[0]  # the setting is in the arm's own name
+    one = against.nunique() == 1
+    ax.set_yticks(range(len(table)), [arm if one else f"{arm}\nfrom: {ref}" for arm, ref in
+                                      zip(table["arm"], against, strict=True)], fontsize=11 if one else 8)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     ax.xaxis.set_major_formatter(lambda v, _: f"{100 * v:+.0f}" if abs(v) > 1e-9 else "0")
-    ax.set_xlabel("difference from clean, percentage points")
+    ax.set_xlabel(f"difference from {against.iloc[0] if one else 'the reference'}, percentage points")
     dot = {"linestyle": "none", "marker": "o", "color": "0.3", "markersize": 7}
     fig.legend([Line2D([], [], **dot), Line2D([], [], **dot, markerfacecolor="white"), Patch(color="0.85")],
                [f"p < {alpha:g} after Holm", "not significant", "below the minimum detectable effect"],

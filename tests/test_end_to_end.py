@@ -13,6 +13,7 @@ import pandas as pd
 import psutil
 import pytest
 from conftest import papermill
+from safetensors.numpy import load_file
 
 from lib import ROOT, noise, rewards, runs
 
@@ -142,6 +143,27 @@ def test_a_killed_run_resumes_to_the_same_weights(workspace, uninterrupted):
     assert json.loads((folder / "provenance.json").read_text())["resumed_from"] == [5]
     assert runs.adapter_hash(folder) == runs.adapter_hash(uninterrupted)
     pd.testing.assert_frame_equal(rewards.read_log(folder), rewards.read_log(uninterrupted))
+
+
+def adapter(folder):
+    """The trained matrices of a run, as one vector."""
+    tensors = load_file(folder / "adapter/adapter_model.safetensors")
+    return np.concatenate([tensors[name].ravel() for name in sorted(tensors)])
+
+
+def test_backward_correction_does_not_change_std_normalised_grpo(workspace):
+    """The theorem of helpers/theory, in TRL: r -> (r - a) / J cancels in (r - mean) / std, but for the 1e-4 in TRL."""
+    given = dict(max_steps=6, label_flip_rate=0.3, eval_interval=0, output_dir="outputs/theorem")
+    for mitigation in ("none", "backward"):
+        papermill(workspace, "02_train", workspace / f"{mitigation}.ipynb", mitigation=mitigation, **given)
+    plain, corrected = ({json.loads((p / "params.json").read_text())["mitigation"]: p for p in
+                         (workspace / "outputs/theorem/runs").glob("flip-*")}[m] for m in ("none", "backward"))
+    first, second = rewards.read_log(plain), rewards.read_log(corrected)
+    pd.testing.assert_frame_equal(first.drop(columns="returned"), second.drop(columns="returned"))
+    assert set(second.returned.round(4)) == {-0.75, 1.75}  # (r - .3) / .4: the trainer did get other numbers
+    trained = adapter(plain)
+    difference = np.abs(adapter(corrected) - trained).max() / np.abs(trained).max()
+    assert 0 < difference < 1e-3  # TRL's epsilon: advantages differ by at most 1e-4 (1 - J) / std, relatively
 
 
 def test_showing_a_finished_run_again_trains_nothing(workspace, uninterrupted):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special, stats
 
+from lib import noise
 from lib.stats import (
     Parts,
     accuracy_matrix,
@@ -23,6 +24,7 @@ from lib.stats import (
     pair,
     paired_difference,
     probability_of_improvement,
+    signal_table,
     variance_parts,
     weighted_mean,
 )
@@ -314,29 +316,30 @@ def reward_log(chan, seed=0, steps=30, prompts=8, G=8):
     ids = np.array([f"p{i}" for i in range(steps * prompts)])
     q = rng.beta(0.7, 0.7, len(ids))
     log = pd.DataFrame({"step": np.repeat(np.arange(steps), prompts * G), "sample_id": np.repeat(ids, G),
-                        "rollout": np.tile(np.arange(G), len(ids)), "true_reward": rng.random(len(ids) * G) < np.repeat(q, G)})
-    log["true_reward"] = log["true_reward"].astype(int)
-    log["observed_reward"] = noise.observe(chan, log.true_reward, seed, log.step, log.sample_id.tolist(), log["rollout"])
+                        "rollout": np.tile(np.arange(G), len(ids))})
+    log["true_reward"] = (rng.random(len(log)) < np.repeat(q, G)).astype(int)
+    log["observed_reward"] = noise.observe(chan, log["true_reward"], seed, log["step"], log["sample_id"].tolist(),
+                                           log["rollout"])
     return log, pd.Series(np.where(q > 0.5, "Level 1", "Level 2"), index=ids)
 
 
 def test_signal_table_agrees_with_the_channel_and_finds_a_wrong_one():
     chan = noise.Channel(0.3, 0.3)
     log, level_of = reward_log(chan)
-    table = stats.signal_table(log.sample(frac=1, random_state=0), level_of, 8, chan)  # any order of rows
+    table = signal_table(log.sample(frac=1, random_state=0), level_of, 8, chan)  # any order of rows
     z = (table["measured"] - table["predicted"]) / table["se"]
     assert len(table) == 4 * (1 + 3 + 2) and (z.abs() < 4.5).all()
     whole = table[(table["level"] == "all") & (table["third"] == "all")].set_index("quantity")
     assert (whole["groups"] == 240).all() and (whole["q"] == log["true_reward"].mean()).all()
     by_level = table[table["level"] != "all"].groupby("quantity")["groups"].sum()
     assert (by_level == 240).all() and (whole["revisits"] == 0).all()
-    wrong = stats.signal_table(log, level_of, 8, noise.Channel(0.1, 0.1)).iloc[:4]
+    wrong = signal_table(log, level_of, 8, noise.Channel(0.1, 0.1)).iloc[:4]
     assert ((wrong["measured"] - wrong["predicted"]).abs() > 4 * wrong["se"]).all()
 
 
 def test_signal_table_of_a_clean_run_is_exact():
     log, level_of = reward_log(noise.Channel())
-    table = stats.signal_table(log, level_of, 8, noise.Channel(), std=False)
+    table = signal_table(log, level_of, 8, noise.Channel(), std=False)
     np.testing.assert_allclose(table["measured"], table["predicted"], atol=1e-12)
     assert (table["se"] < 1e-9).all()
 
@@ -344,4 +347,4 @@ def test_signal_table_of_a_clean_run_is_exact():
 def test_signal_table_refuses_a_log_of_other_groups():
     log, level_of = reward_log(noise.Channel())
     with pytest.raises(ValueError, match="does not fall into groups of 16"):
-        stats.signal_table(log, level_of, 16, noise.Channel())
+        signal_table(log, level_of, 16, noise.Channel())
