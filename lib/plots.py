@@ -125,7 +125,8 @@ def j_axis(table: pd.DataFrame, base: float | None = None) -> Figure:
     fig, ((ax,),) = plt.subplots(figsize=SIZE, squeeze=False)
     noisy = table[table["channel"] != "clean"]
     styles, handles = looks_by_level(noisy["channel"].unique())
-    gap = np.diff(np.unique(table["J"].round(6))).min(initial=1.0)
+    values = np.unique(table["J"].round(6))
+    gap = np.diff(values).min(initial=1.0)
     step = np.clip(0.5 * gap / max(len(styles), 1), 0.002, 0.016)  # bars at one J stay apart
     for i, (channel, (colour, marker)) in enumerate(styles.items()):
         rows = noisy[noisy["channel"] == channel].sort_values("J")
@@ -135,6 +136,8 @@ def j_axis(table: pd.DataFrame, base: float | None = None) -> Figure:
         _points(ax, clean["J"], clean, CLEAN, "o")
         handles.append(Line2D([], [], color=CLEAN, marker="o", linestyle="none", label="clean"))
     _accuracy_axis(ax, base)
+    if len(values) <= 10:  # points of one J stand side by side around its tick
+        ax.set_xticks(values, [f"{v:.2g}" for v in values])
     ax.invert_xaxis()
     ax.set(xlabel="J = 1 − a − b (1: clean, 0: no signal, below 0: reversed)", ylabel="accuracy")
     handles += [line for line in ax.lines if line.get_linestyle() == "--"]

@@ -357,6 +357,8 @@ def hold(folder: Path):
 
 def check_inputs(params: Params):
     """FileNotFoundError, with the command to run, if the data or the base policy of a run are not there."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise RuntimeError("a run is one process: to use several GPUs, execute several runs at once with lib.sweep")
     data.read_manifest(params.data_dir)
     if params.model == "tiny" and not (WORK / f"models/tiny-s{params.base_seed}/policy.json").exists():
         raise FileNotFoundError(

@@ -12,7 +12,7 @@ import pytest
 from lib import plots
 
 sys.path.insert(0, str(Path(__file__).parent))
-from synthetic_study import write_study  # noqa: E402
+from synthetic_study import NAMED, write_study  # noqa: E402
 
 matplotlib.use("Agg")
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "04_analysis.ipynb"
@@ -58,6 +58,47 @@ def test_forest_plot_fills_only_what_is_significant():
     filled = [line.get_xdata()[0] for line in markers if line.get_markerfacecolor() != "white"]
     np.testing.assert_allclose(sorted(filled), [-0.3, -0.1])
     assert [t.get_text() for t in ax.get_yticklabels()] == ["flip 0.2", "flip 0.4", "mask 0.4"]
+
+
+def test_forest_plot_of_several_references_names_them():
+    rows = table().iloc[1:].assign(reference=["clean", "flip 0.2", "clean"])
+    ax = plots.paired_differences(rows).axes[0]
+    assert [t.get_text() for t in ax.get_yticklabels()][1] == "flip 0.4\nfrom: flip 0.2"
+    assert ax.get_xlabel() == "difference from the reference, percentage points"
+    ax = plots.paired_differences(rows.assign(reference="no noise")).axes[0]
+    assert ax.get_xlabel() == "difference from no noise, percentage points"
+
+
+def test_arm_accuracies_put_arms_below_their_reference():
+    rows = table().assign(reference=["clean", "clean", "mask 0.4", "clean"])
+    ax = plots.arm_accuracies(rows, base=0.3).axes[0]
+    labels = [t.get_text() for t in ax.get_yticklabels()]
+    assert labels == ["clean", "flip 0.2", "mask 0.4", "mask 0.4", "flip 0.4"]  # a reference opens its own block
+    found = [line.get_xdata()[0] for line in ax.lines if line.get_marker() in "os^"]
+    np.testing.assert_allclose(found, [0.8, 0.7, 0.75, 0.75, 0.5])
+    lines = [path.vertices[0, 0] for c in ax.collections for path in c.get_paths()]
+    assert {0.8, 0.75} <= {round(float(x), 6) for x in lines}
+    assert any(np.allclose(line.get_xdata(), 0.3) for line in ax.lines)
+
+
+def test_channels_share_a_colour_and_levels_a_marker():
+    channels = ["clean", "flip", "flip (group)", "mask", "asymmetric (b=0.45) (group)", "mask (prompt)"]
+    styles, handles = plots.looks_by_level(channels)
+    assert styles["flip"][0] == styles["flip (group)"][0] != styles["mask"][0] == styles["mask (prompt)"][0]
+    assert styles["flip (group)"][1] == styles["asymmetric (b=0.45) (group)"][1] != styles["flip"][1]
+    assert plots.kind("asymmetric (b=0.45) (group)") == "asymmetric (b=0.45)"
+    assert {"clean", "asymmetric (b=0.45)", "group level"} <= {h.get_label() for h in handles}
+
+
+def test_theory_beside_measurement_draws_a_panel_a_quantity():
+    rows = pd.DataFrame([{"channel": c, "quantity": q, "predicted": x, "measured": x + 0.1, "se": 0.05}
+                         for q in plots.QUANTITIES for c, x in (("flip", 0.2), ("mask", 0.4))])
+    fig = plots.beside_theory(rows)
+    assert [ax.get_title("left") for ax in fig.axes] == list(plots.QUANTITIES.values())
+    points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in fig.axes[0].lines if line.get_marker() in "os"]
+    np.testing.assert_allclose(points, [(0.2, 0.3), (0.4, 0.5)])
+    low, high = (p[1] for p in fig.axes[0].collections[0].get_paths()[0].vertices)
+    assert (low, high) == pytest.approx((0.3 - 0.098, 0.3 + 0.098))
 
 
 def test_training_curves_mean_and_band():
@@ -119,14 +160,17 @@ def test_analysis_of_the_tiny_study_with_two_runs_missing(tmp_path):
     assert results.loc["clean", "estimate"] == pytest.approx(clean, abs=1e-5)
     assert "50 rates tested" in text
     assert {p.stem for p in (folder / "figures").iterdir()} == {
-        "accuracy-vs-noise", "paired-differences", "training-curves", "by-level", "common-axis-J"}
+        "accuracy-vs-noise", "paired-differences", "training-curves", "by-level", "common-axis-J",
+        "theory-beside-measurement"}
+    assert "Predicted crossing: none for J = 0.4" not in text and "q* = 0.87 for J = 0.4" in text  # flip .3, mask .6
+    assert "Nowhere do theory and measurement differ" in text
 
 
 def test_analysis_of_a_grid_without_noise(tmp_path):
     arms = [{"learning_rate": lr, "grpo_beta": b} for lr in (5e-4, 1e-3) for b in (0.0, 0.05)]
     text, results = analyse(write_study(tmp_path / "grid", arms, seeds=(100, 101), questions=40, steps=4))
     assert "clean runs only, so it says nothing about noise yet" in text
-    assert "No noisy arm, hence no curve." in text and "No arm can be compared with a clean one." in text
+    assert "No noisy arm, hence no curve." in text and "No arm can be compared with a reference." in text
     assert len(results) == 4 and "clean | learning_rate=0.001, grpo_beta=0.05" in results.index
 
 
@@ -158,9 +202,65 @@ def test_analysis_of_a_kl_weight_crossed_with_noise(tmp_path):
     assert {"accuracy-vs-noise-0", "accuracy-vs-noise-1"} <= {p.stem for p in (folder / "figures").iterdir()}
 
 
+def test_analysis_of_named_arms_compares_each_with_its_reference(tmp_path):
+    folder = write_study(tmp_path / "named", NAMED, steps=6, questions=80)
+    text, results = analyse(folder)
+    assert list(results.index[:2]) == ["clean, G=4", "clean, G=8"] and len(results) == 6
+    assert results["difference"].notna().sum() == 4
+    for arm, row in results[results["difference"].notna()].iterrows():
+        assert row["reference"] == "clean, G=" + arm[-1]
+        expected = row["estimate"] - results.loc[row["reference"], "estimate"]
+        assert row["difference"] == pytest.approx(expected, abs=1e-5)
+        said = f"- {arm}: **harmed**" if row["p_holm"] < 0.05 and row["difference"] < 0 else f"- {arm}: "
+        assert said in text
+    assert "4 arms compared with a reference" in text and "Against **clean, G=8**" in text
+    assert "Several arms share a channel and a J" in text
+    figures = {p.stem for p in (folder / "figures").iterdir()}
+    assert "accuracy-by-arm" in figures and not figures & {"accuracy-vs-noise", "common-axis-J"}
+
+
+def test_analysis_of_channels_of_equal_J(tmp_path):
+    levels = ["rollout", "group"]
+    arms = [{"name": "clean"},
+            *({"name": name + ", {noise_level}", "reference": "clean", "noise_level": levels} | rates for name, rates in
+              (("flip .3", {"label_flip_rate": 0.3}), ("mask .6", {"mask_rate": 0.6}),
+               ("abstain .6", {"abstain_rate": 0.6}))),
+            {"name": "votes", "reward": "majority", "reference": "nobody"}]
+    folder = write_study(tmp_path / "channels", arms, steps=6, questions=80)
+    text, results = analyse(folder)
+    assert "Not compared, because the reference has no evaluated run of the same seeds: votes." in text
+    assert np.isnan(results.loc["votes", "J"]) and results.loc["flip .3, group", "J"] == pytest.approx(0.4)
+    assert "9 pairs share their J and differ in channel or in level alone" in text  # 3 a level, 1 a channel
+    assert "Predicted crossing: q* = 0.87 for J = 0.4" in text
+    assert {"accuracy-by-arm", "common-axis-J", "theory-beside-measurement"} <= {
+        p.stem for p in (folder / "figures").iterdir()}
+
+
+def test_analysis_says_where_theory_is_wrong(tmp_path):
+    folder = write_study(tmp_path / "off", [{}, {"label_flip_rate": 0.3}], questions=40, steps=20)
+    signals = pd.read_parquet(folder / "signals.parquet")
+    flipped = signals["run_id"].str.startswith("flip") & (signals["quantity"] == "energy")
+    signals.loc[flipped, "measured"] += 0.1
+    signals.to_parquet(folder / "signals.parquet")
+    text, _ = analyse(folder)
+    assert "**disagree** after Holm: flip 0.3, mean squared advantage" in text
+
+
+def test_analysis_of_tables_from_before_names_and_signals(tmp_path):
+    folder = write_study(tmp_path / "old", [{}, {"mask_rate": 0.5}], questions=40, steps=4)
+    (folder / "signals.parquet").unlink()
+    for name, new in (("runs.csv", "arm channel rate J reference named"), ("summary.csv", "reference")):
+        pd.read_csv(folder / name).drop(columns=new.split()).to_csv(folder / name, index=False)
+    text, results = analyse(folder)
+    assert results.loc["mask 0.5", "reference"] == "clean" and results["difference"].notna().sum() == 1
+    assert "No signals.parquet in this study: run 03_eval again." in text
+
+
 def test_analysis_without_tables_says_what_to_run(tmp_path):
-    with pytest.raises(papermill.PapermillExecutionError, match="run 03_eval first: .* has no runs.csv, summary.csv"):
+    says = "run 03_eval first: .* has no runs.csv, summary.csv"
+    with pytest.raises(papermill.PapermillExecutionError, match=says) as e:
         analyse(tmp_path)
+    assert f"in {tmp_path.parent.name}/{tmp_path.name}" in str(e.value)  # two folders, not the whole path
 
 
 def test_the_notebook_file_is_clean():
