@@ -26,7 +26,7 @@ def execute(notebook: str, folder: Path, console: Console, name: str | None = No
     folder.mkdir(parents=True, exist_ok=True)
     began = time.time()
     try:
-        papermill.execute_notebook(f"notebooks/{notebook}.ipynb", str(target), parameters,
+        papermill.execute_notebook(f"notebooks/{notebook}.ipynb", os.path.relpath(target), parameters,
                                    kernel_name="python3", progress_bar=False, cwd=str(ROOT))
     except papermill.PapermillExecutionError as e:
         raise RuntimeError(f"{notebook} stopped: {e.ename}: {e.evalue}\nsee {data.shown(target)}") from None
@@ -71,13 +71,13 @@ def to_html(notebook: Path) -> Path:
 
 def print_results(folder: Path, console: Console):
     """The table of results and where to read more."""
-    table = Table("arm", "J", "seeds", "accuracy", "95 % interval", "against clean", "95 % interval", "Holm p",
+    table = Table("arm", "J", "seeds", "accuracy", "95 % interval", "difference", "95 % interval", "Holm p", "from",
                   title=f"{folder.name}: results")
     for r in pd.read_csv(folder / "results.csv").itertuples():
-        compared = pd.notna(r.difference)
-        table.add_row(r.arm, f"{r.J:.2f}", str(r.seeds), f"{r.estimate:.3f}", f"{r.low:.3f} to {r.high:.3f}",
+        compared, J = pd.notna(r.difference), f"{r.J:.2f}" if pd.notna(r.J) else ""
+        table.add_row(r.arm, J, str(r.seeds), f"{r.estimate:.3f}", f"{r.low:.3f} to {r.high:.3f}",
                       *((f"{r.difference:+.3f}", f"{r.difference_low:+.3f} to {r.difference_high:+.3f}",
-                         f"{r.p_holm:.2g}") if compared else ("", "", "")))
+                         f"{r.p_holm:.2g}", r.reference) if compared else ("", "", "", "")))
     console.print(table)
     rendered = [folder / "04_analysis.ipynb", folder / "04_analysis.html"]
     for path in rendered + sorted((folder / "figures").glob("*.png")):
