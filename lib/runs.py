@@ -15,12 +15,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import numpy as np
+import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lib import ROOT, WORK, data
-from lib.noise import Channel, channel
-from lib.rewards import estimator
+from lib.noise import Channel, channel, replay
+from lib.rewards import estimator, read_log
 
 PROFILES, STUDIES, OUTPUTS = ROOT / "params/profiles", ROOT / "params/studies", WORK / "outputs"
 NOT_HASHED = {"output_dir", "report_to"}  # where a run lies and who watches it do not change what it computes
@@ -458,6 +460,23 @@ def peak_memory_mb() -> int:
 def adapter_hash(folder: Path) -> str:
     """sha256 of a run's final adapter weights."""
     return hashlib.sha256((folder / "adapter/adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def prove(folder: Path) -> tuple[int, pd.DataFrame]:
+    """Draw a run's noise again from its params.json: (rows in rewards.parquet, those that do not fit).
+
+    A row fits if the channel turns its verdict into its observed reward, and the mitigation that into what was
+    returned to the trainer. ValueError if params.json is not that of the folder, or the log is not that of a run.
+    """
+    params = Params(**json.loads((folder / "params.json").read_text()))
+    if run_id(params) != folder.name:
+        raise ValueError(f"{folder.name} holds the params.json of {run_id(params)}: each log has its own parameters")
+    log = read_log(folder)
+    wrong = replay(log, params.channel, params.noise_seed)
+    correct = estimator(params.mitigation, *params.assumed_rates)
+    returned = [correct(s.observed_reward.to_numpy(float), s.sample_id) for _, s in log.groupby("step", sort=False)]
+    other = ~np.isclose(np.concatenate(returned), log.returned, rtol=1e-5, atol=1e-6, equal_nan=True)
+    return len(log), log[other | log.index.isin(wrong.index)]
 
 
 def finish(folder: Path, record: dict[str, Any]):

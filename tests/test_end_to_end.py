@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from conftest import papermill
 from safetensors.numpy import load_file
 
-from lib import ROOT, noise, rewards, runs
+from lib import ROOT, rewards, runs
 
 STUDY = """
 title: Two cells
@@ -64,7 +65,8 @@ def test_every_run_keeps_the_contract(study):
         assert (run / "DONE").read_text().strip() == runs.adapter_hash(run)
         log = rewards.read_log(run)
         assert len(log) == 6 * 128 and not log.duplicated(["step", "sample_id", "rollout"]).any()
-        assert noise.replay(log, params.channel, params.noise_seed).empty
+        rows, wrong = runs.prove(run)
+        assert rows == len(log) and wrong.empty
         metrics = pd.read_parquet(run / "metrics.parquet")
         by_step = log.groupby("step")[["true_reward", "observed_reward"]].mean().to_numpy()
         logged = metrics.dropna(subset="clean_mean")[["clean_mean", "observed_mean"]].to_numpy()
@@ -74,6 +76,19 @@ def test_every_run_keeps_the_contract(study):
     clean, flip = sorted((folder / "runs").glob("*-s0-*"))
     first = [rewards.read_log(r).query("step == 0") for r in (clean, flip)]
     assert first[0].sample_id.tolist() == first[1].sample_id.tolist()  # same seed: same prompts in the first step
+
+
+@pytest.mark.parametrize("column", ["verdict", "observed_reward", "returned"])
+def test_one_tampered_row_is_found(study, tmp_path, column):
+    run = next((study[0] / "runs").glob("flip-*"))
+    shutil.copytree(run, tmp_path / run.name)
+    log = rewards.read_log(run)
+    log.loc[77, column] = 1 - log.loc[77, column]
+    log.to_parquet(tmp_path / run.name / "rewards.parquet")
+    assert runs.prove(tmp_path / run.name)[1].index.tolist() == [77]
+    (tmp_path / run.name).rename(tmp_path / "flip-0.1-s0-00000000")
+    with pytest.raises(ValueError, match="holds the params.json of"):
+        runs.prove(tmp_path / "flip-0.1-s0-00000000")
 
 
 def test_a_finished_study_is_left_alone(study):
