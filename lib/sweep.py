@@ -5,7 +5,9 @@ their last checkpoint, and a run that fails leaves its executed notebook and doe
 """
 
 import argparse
+import json
 import os
+import shutil
 import sys
 import time
 
@@ -13,7 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from lib import runs
+from lib import data, runs
 
 NO_RETRY = ("ValueError", "FileNotFoundError")  # the same parameters would fail in the same way
 
@@ -38,11 +40,33 @@ def execute(params: dict) -> dict:
     return {"status": "failed", "message": message, "retry": retry}
 
 
+def reuse(params: runs.Params) -> bool:
+    """Take over the same finished run from another study: same parameters, same base policy, same data.
+
+    Only for policies that were built here, whose hash is known without loading them. Files are hard links.
+    """
+    policy = runs.WORK / f"models/{params.model}-s{params.base_seed}/policy.json"
+    if not policy.exists():
+        return False
+    same = {"policy_hash": json.loads(policy.read_text())["hash"], "data_hash": data.data_hash(params.data_dir)}
+    for done in runs.OUTPUTS.glob(f"*/runs/{runs.run_id(params)}/DONE"):
+        record = json.loads((done.parent / "provenance.json").read_text())
+        if done.parent != params.folder and all(record[name] == value for name, value in same.items()):
+            shutil.rmtree(params.folder, ignore_errors=True)
+            shutil.copytree(done.parent, params.folder, copy_function=os.link)
+            return True
+    return False
+
+
 def run_grid(grid: list[runs.Params], address: str | None = None, cpus_per_run: float = 1, gpus_per_run: float = 0,
              max_retries: int = 1, console: Console | None = None) -> dict[str, str]:
     """Execute all cells that are not done; returns {run_id: message} of those that failed."""
     console = console or Console()
     todo = [p for p in grid if runs.status(p.folder) != "done"]
+    reused = [p for p in todo if reuse(p)]
+    todo = [p for p in todo if p not in reused]
+    if reused:
+        console.print(f"{len(reused)} runs were finished in another study and are taken over from there.")
     board = {runs.run_id(p): "waiting" if p in todo else "done" for p in grid}
     if not todo:
         console.print(f"All {len(grid)} runs are done: nothing to do.")

@@ -99,6 +99,16 @@ def test_a_finished_study_is_left_alone(study):
     assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 
 
+def test_a_study_takes_over_the_runs_of_another(study):
+    work = study[0].parents[1]
+    (work / "again.yaml").write_text(STUDY)
+    done = command(work, "lib.sweep", work / "again.yaml")
+    assert done.returncode == 0 and "2 runs were finished in another study" in done.stdout
+    for run in (work / "outputs/again/runs").iterdir():
+        assert runs.adapter_hash(run) == runs.adapter_hash(study[0] / "runs" / run.name)
+        assert runs.prove(run)[1].empty
+
+
 def test_a_failing_run_is_reported_and_does_not_stop_the_others(workspace):
     (workspace / "fail.yaml").write_text(STUDY.replace("{}", "max_prompt_length: 1").replace("0.25", "0.5"))
     done = command(workspace, "lib.sweep", workspace / "fail.yaml")
