@@ -271,7 +271,9 @@ def monotone_fall(arms: dict[float, pd.DataFrame], alpha: float = 0.05) -> Trend
 
 
 def binomial_interval(successes: int, trials: int, level: float = 0.95) -> tuple[float, float, float]:
-    """(rate, low, high): exact Clopper-Pearson interval for a count of independent draws."""
+    """(rate, low, high): exact Clopper-Pearson interval for a count of independent draws; (NaN, 0, 1) for no draw."""
+    if trials == 0:
+        return float("nan"), 0.0, 1.0
     ci = stats.binomtest(int(successes), int(trials)).proportion_ci(level, method="exact")
     return successes / trials, float(ci.low), float(ci.high)
 

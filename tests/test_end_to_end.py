@@ -170,6 +170,16 @@ def test_a_killed_run_resumes_to_the_same_weights(workspace, uninterrupted):
     pd.testing.assert_frame_equal(rewards.read_log(folder), rewards.read_log(uninterrupted))
 
 
+def test_a_run_killed_after_its_last_step_is_finished_without_another(workspace, uninterrupted):
+    folder = workspace / "outputs/last/runs" / uninterrupted.name
+    shutil.copytree(uninterrupted, folder)
+    (folder / "DONE").unlink()
+    shutil.rmtree(folder / "adapter")
+    papermill(workspace, "02_train", workspace / "last.ipynb", output_dir="outputs/last", **SHORT)
+    assert (folder / "DONE").read_text() == (uninterrupted / "DONE").read_text()
+    pd.testing.assert_frame_equal(rewards.read_log(folder), rewards.read_log(uninterrupted))
+
+
 def adapter(folder):
     """The trained matrices of a run, as one vector."""
     tensors = load_file(folder / "adapter/adapter_model.safetensors")

@@ -173,6 +173,11 @@ def test_binomial_interval_is_clopper_pearson(trials, data):
     assert high == pytest.approx(stats.beta.ppf(0.975, k + 1, trials - k) if k < trials else 1, abs=1e-9)
 
 
+def test_binomial_interval_of_no_draw_says_nothing():
+    rate, low, high = binomial_interval(0, 0)
+    assert np.isnan(rate) and (low, high) == (0, 1)
+
+
 # ---- the closed form is the bootstrap's limit
 
 def test_closed_form_is_the_limit_of_the_two_level_bootstrap():
