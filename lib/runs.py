@@ -127,6 +127,7 @@ class Params(BaseModel):
 class Study(BaseModel):
     """A grid: every arm's lists are crossed with each other, with `seeds` and with `base_seeds`.
 
+    A file may have a key `profiles` with what differs for a profile, such as `profiles: {smol: {seeds: [0, 1]}}`.
     With `cross_base_seeds: false` each seed has one base policy, in turn: seeds 0, 1, 2 on base policies 0, 1, 0.
 
     An arm may have a `name` and a `reference` (the name of the arm it is compared with), in which {parameter} stands
@@ -250,6 +251,9 @@ def given_parameters(names: dict[str, Any], known=()) -> dict[str, Any]:
 def load_study(name: str, profile: str) -> tuple[Study, list[Params]]:
     """A study and the parameters of all its runs, checked before anything starts."""
     values, path = load_yaml(STUDIES, name, "study")
+    for other in values.get("profiles", {}):
+        load_yaml(PROFILES, other, "profile")  # a mistyped profile would be ignored in silence
+    values |= values.pop("profiles", {}).get(profile, {})
     study = _check(Study, values, path.name)
     output_dir = f"outputs/{study_folder_name(path.stem, profile)}"
     bases = itertools.cycle(study.base_seeds)

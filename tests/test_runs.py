@@ -86,6 +86,7 @@ def test_an_unknown_name_in_a_notebook_is_refused_and_machinery_is_not():
     ("title: t\narms: [{}]\nseeds: [-3]\n", ["seed=-3"]),
     ("title: t\narms: [{}]\nseeds: [0, 0]\n", ["occur twice"]),
     ("title: t\narms: [{}\nseeds: [0]\n", ["bad.yaml:", "not valid YAML"]),
+    ("title: t\narms: [{}]\nseeds: [0]\nprofiles: {smoll: {seeds: [1]}}\n", ["no profile 'smoll'", "'smol'"]),
     ("- 1\n", ["bad.yaml:1", "mapping"]),
 ])
 def test_a_study_with_a_mistake_is_refused(tmp_path, text, words):
@@ -109,6 +110,12 @@ def test_bad_input_is_refused_in_about_a_second_by_the_command(tmp_path):
 def test_the_studies_are_valid_and_no_run_occurs_twice(name):
     study, grid = runs.load_study(name, "tiny")
     assert len({runs.run_id(p) for p in grid}) == len(grid) >= len(study.seeds)
+
+
+def test_a_study_may_differ_for_a_profile(tmp_path):
+    (tmp_path / "s.yaml").write_text("title: t\narms: [{}]\nseeds: [0]\nprofiles: {smol: {seeds: [4, 5]}}\n")
+    assert [p.seed for p in runs.load_study(str(tmp_path / "s.yaml"), "tiny")[1]] == [0]
+    assert [p.seed for p in runs.load_study(str(tmp_path / "s.yaml"), "smol")[1]] == [4, 5]
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in runs.PROFILES.glob("*.yaml")))
