@@ -7,8 +7,8 @@ b = P(r=0 | t=1), and J = 1 - a - b (Youden's index) is the part of the signal t
 run (`prompt`: a wrong label in the answer key).
 
 Draws are a pure function of a key, never of a global generator. Three things follow: a resumed run sees the noise of
-an uninterrupted one, two runs that differ only in the rate share their draws (every reward changed at p=.1 is changed
-at p=.2 too), and `replay` can prove a log row by row.
+an uninterrupted one, two runs that differ only in the rate share their draws (the same completion whose reward is
+changed at p=.1 would be changed at p=.2 too), and `replay` can prove a log row by row.
 """
 
 import hashlib

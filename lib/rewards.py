@@ -24,7 +24,7 @@ LOG_SCHEMA = pa.schema([
     ("verdict", pa.int8()),            # what entered the channel: the same, unless reward is format or majority
     ("observed_reward", pa.float32()), # what left it; missing if withheld
     ("returned", pa.float32()),        # what the trainer was given: the same, unless there is a mitigation
-    ("changed", pa.bool_()),           # observed_reward differs from verdict
+    ("changed", pa.bool_()),           # observed_reward differs from verdict, or is withheld
     ("format_ok", pa.bool_()), ("completion_tokens", pa.int32()), ("grader", pa.string())])
 
 
@@ -59,17 +59,27 @@ def majority_reward(answers: list[str | None], groups) -> np.ndarray:
     return np.array([int(bool(a) and a == winner[g]) for g, a in zip(groups, said, strict=True)])
 
 
+def verdicts(grades, groups, source: str = "accuracy") -> np.ndarray:
+    """What enters the channel, 0 or 1 (n,), from the checker's grades of n completions and their problems.
+
+    "accuracy" is the checker's verdict; "format" accepts any parsable box (a control); "majority" lets the group vote.
+    """
+    if source not in ("accuracy", "format", "majority"):
+        raise ValueError(f"reward={source!r} is unknown: choose accuracy, format or majority")
+    if source == "majority":
+        return majority_reward([g.answer for g in grades], groups)
+    return np.array([g.correct if source == "accuracy" else g.method != "unparsed" for g in grades], int)
+
+
 def noisy_reward(verifier: Verifier, chan: noise.Channel, noise_seed: int, log_folder, source: str = "accuracy",
                  correct=lambda r, groups: r):
     """The reward function of a run: grade, apply the channel, log every completion, report the rates to TRL.
 
-    source: what enters the channel. "accuracy" is the checker's verdict; "format" accepts any parsable box (a control);
-    "majority" lets the group vote. The checker's verdict is logged in any case.
+    source: what enters the channel, see `verdicts`. The checker's own verdict is logged in any case.
     correct: maps observed rewards (n,) and their problems to what the trainer is given (see `estimator`).
     The dataset needs the columns `sample_id` and `answer`. One file a step appears in `log_folder`.
     """
-    if source not in ("accuracy", "format", "majority"):
-        raise ValueError(f"reward={source!r} is unknown: choose accuracy, format or majority")
+    verdicts([], [], source)  # an unknown source is refused now, not after the first rollouts
     folder = Path(log_folder)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -81,8 +91,7 @@ def noisy_reward(verifier: Verifier, chan: noise.Channel, noise_seed: int, log_f
         visits = defaultdict(count)
         rollout = np.array([next(visits[s]) for s in sample_id])
         step = np.full(len(t), trainer_state.global_step)
-        verdict = (t if source == "accuracy" else format_ok.astype(int) if source == "format" else
-                   majority_reward([g.answer for g in grades], sample_id))
+        verdict = verdicts(grades, sample_id, source)
         r = noise.observe(chan, verdict, noise_seed, step, sample_id, rollout)
         returned = correct(r, sample_id)
         write_step(folder, pa.table([

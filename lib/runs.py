@@ -1,5 +1,6 @@
 """The run contract: what a run's parameters are, what its folder is called and holds, and when it counts as done."""
 
+import ast
 import difflib
 import fcntl
 import hashlib
@@ -11,6 +12,7 @@ import platform
 import re
 import resource
 import subprocess
+from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -40,7 +42,7 @@ class Params(BaseModel):
     base_seed: int = Field(0, ge=0)
     data_dir: str
     prompt_template: Literal["none", "chat", "qwen-math", "r1-zero"] = "none"
-    engine: Literal["transformers", "vllm", "unsloth"] = "transformers"
+    engine: Literal["transformers"] = "transformers"
     max_prompt_length: int = Field(512, gt=0)
     max_completion_length: int = Field(512, gt=0)
     # the noise
@@ -95,6 +97,8 @@ class Params(BaseModel):
         if batch % self.num_generations:
             raise ValueError(f"per_device_train_batch_size × gradient_accumulation_steps = {batch} completions do not "
                              f"divide into groups of num_generations={self.num_generations}")
+        if self.max_steps == 0:
+            raise ValueError("max_steps=0 trains nothing: give at least 1, or -1 for num_train_epochs")
         if self.save_steps % self.num_iterations:
             raise ValueError(
                 f"save_steps={self.save_steps} is not a multiple of num_iterations={self.num_iterations}: a checkpoint "
@@ -138,7 +142,7 @@ class Study(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     title: str
-    arms: list[dict[str, Any]]
+    arms: list[dict[str, Any]] = Field(min_length=1)
     seeds: list[int] = Field(min_length=1)
     base_seeds: list[int] = Field([0], min_length=1)
     cross_base_seeds: bool = True
@@ -199,7 +203,8 @@ def load_yaml(folder: Path, name: str, kind: str) -> tuple[dict, Path]:
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     if not path.exists():
         known = sorted(p.stem for p in folder.glob("*.yaml"))
-        raise ValueError(f"there is no {kind} {path.stem!r}{nearest(path.stem, known)} Known: {', '.join(known)}")
+        shown = path.name if path.suffix == ".yaml" and str(path) == str(name) else path.stem
+        raise ValueError(f"there is no {kind} {shown!r}{nearest(path.stem, known)}; known: {', '.join(known)}")
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as e:
@@ -216,6 +221,15 @@ def selected_file(profile: str) -> Path:
     return OUTPUTS / study_folder_name("hyperparameters", profile) / "selected.yaml"
 
 
+def selected(profile: str) -> dict[str, Any]:
+    """The choice of the hyperparameter study: the one made here, else the one that comes with the project, else {}."""
+    own = selected_file(profile)
+    for file in (own, ROOT / "outputs" / own.parent.name / own.name):
+        if file.exists():
+            return yaml.safe_load(file.read_text())["selected"]
+    return {}
+
+
 def study_folder_name(study: str, profile: str) -> str:
     """The tiny profile's studies carry the study's name; other profiles add theirs."""
     return study if profile == "tiny" else f"{study}-{profile}"
@@ -226,9 +240,9 @@ def resolve(profile: str = "tiny", use_selected: bool = False, **given) -> Param
 
     None means "as the profile says". noise_seed defaults to seed. Raises ValueError naming every bad parameter.
     """
-    values, path = load_yaml(PROFILES, profile, "profile")
-    if use_selected and selected_file(profile).exists():
-        values |= yaml.safe_load(selected_file(profile).read_text())["selected"]
+    values, _ = load_yaml(PROFILES, profile, "profile")
+    if use_selected:
+        values |= selected(profile)
     values |= {k: v for k, v in given.items() if v is not None}
     values.setdefault("noise_seed", values.get("seed", 0))
     return _check(Params, values | {"profile": profile}, f"profile {profile}")
@@ -237,15 +251,27 @@ def resolve(profile: str = "tiny", use_selected: bool = False, **given) -> Param
 def given_parameters(names: dict[str, Any], known=()) -> dict[str, Any]:
     """Parameters among a notebook's global names. An unknown one is refused here: papermill itself only warns.
 
-    A name counts as a parameter if it holds plain data (number, text, list, dict, None) and has no leading underscore.
+    Names are those that a cell of plain assignments sets, such as the parameters cell and the one that papermill puts
+    behind it (IPython keeps the executed cells in `In`). Other variables of the notebook are none of our business.
     """
-    plain = {n: v for n, v in names.items() if n[0] != "_" and n not in ("In", "Out")
-             and isinstance(v, int | float | str | bool | list | dict | type(None))}
     known = set(known) or set(Params.model_fields)
-    unknown = [n for n in plain if n not in known]
+    given: dict[str, Any] = {}
+    for cell in names.get("In", []):
+        assigned = _assignments(cell)
+        if cell.startswith("# Parameters\n") or known & set(assigned):
+            given |= assigned
+    unknown = [n for n in given if n not in known]
     if unknown:
         raise ValueError("; ".join(f"{n!r} is not a parameter{nearest(n, known)}" for n in unknown))
-    return plain
+    return {n: names[n] for n in given}
+
+
+def _assignments(cell: str) -> dict[str, Any]:
+    """name -> value if the cell is nothing but `name = literal` lines, else {}."""
+    try:
+        return {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(cell).body}
+    except (AttributeError, SyntaxError, ValueError):
+        return {}
 
 
 def load_study(name: str, profile: str) -> tuple[Study, list[Params]]:
@@ -264,6 +290,9 @@ def load_study(name: str, profile: str) -> tuple[Study, list[Params]]:
         cells = {**study.fixed, **arm}
         templates = [cells.pop("name", None), cells.pop("reference", study.reference)]
         lists = {k: v if isinstance(v, list) else [v] for k, v in cells.items()}
+        empty = [k for k, v in lists.items() if not v]
+        if empty:
+            raise ValueError(f"{path.name}, arm {i + 1}: {empty[0]} is an empty list, so the arm has no run")
         for (base_seed, seed), *values in itertools.product(replicates, *lists.values()):
             try:
                 runs.append(resolve(profile, study.use_selected, **dict(zip(lists, values, strict=True)),
@@ -275,7 +304,7 @@ def load_study(name: str, profile: str) -> tuple[Study, list[Params]]:
                                  f"{e} is none{nearest(e.args[0], Params.model_fields)}") from None
             except ValueError as e:
                 raise ValueError(f"{path.name}, arm {i + 1} ({arm or 'clean'}): {e}") from None
-    twice = [r for r, n in _count(map(run_id, runs)).items() if n > 1]
+    twice = [r for r, n in Counter(map(run_id, runs)).items() if n > 1]
     if twice:
         raise ValueError(f"{path.name}: {len(twice)} runs occur twice, the first is {twice[0]}")
     absent = {reference for _, reference in names.values()} - {name for name, _ in names.values()}
@@ -283,13 +312,6 @@ def load_study(name: str, profile: str) -> tuple[Study, list[Params]]:
         raise ValueError(f"{path.name}: no arm is called {sorted(absent)[0]!r}, which others refer to"
                          f"{nearest(sorted(absent)[0], {name for name, _ in names.values()})}")
     return study.model_copy(update={"names": names}), runs
-
-
-def _count(items) -> dict:
-    counts: dict = {}
-    for item in items:
-        counts[item] = counts.get(item, 0) + 1
-    return counts
 
 
 # --- names ------------------------------------------------------------------------------------------------------
@@ -309,10 +331,9 @@ def describe(params: Params | dict) -> tuple[str, str, float]:
         used = [({"format": "format only", "majority": "majority vote"}[p["reward"]], 0.0), *used]
     if not used:
         return "clean", "clean", 0.0
-    name = " + ".join(n for n, _ in used)
     level = "" if p["noise_level"] == "rollout" else f" ({p['noise_level']})"
-    rate = used[-1][1]
-    return f"{name} {rate:g}{level}" if rate else name, name + level, rate
+    arm = " + ".join(f"{n} {rate:g}" if rate else n for n, rate in used)
+    return arm + (level if used[-1][1] else ""), " + ".join(n for n, _ in used) + level, used[-1][1]
 
 
 def digest(values: Any, length: int = 8) -> str:
@@ -327,13 +348,20 @@ def run_id(params: Params) -> str:
     return f"{arm}{base}-s{params.seed}-{digest(params.model_dump(exclude=NOT_HASHED))}"
 
 
+_HELD: dict[Path, Any] = {}  # lock files that this process has open
+
 # --- the folder of a run ----------------------------------------------------------------------------------------
 
 
 def status(folder: Path) -> str:
-    """done, failed, interrupted (something is there to resume from), or missing."""
+    """done, running, failed, interrupted (something is there to resume from), or missing."""
     if (folder / "DONE").exists():
         return "done"
+    if (folder / ".lock").exists() and not (folder in _HELD and not _HELD[folder].closed):
+        try:
+            hold(folder).close()
+        except RuntimeError:
+            return "running"
     if (folder / "FAILED").exists():
         return "failed"
     return "interrupted" if (folder / "params.json").exists() else "missing"
@@ -351,6 +379,8 @@ def hold(folder: Path):
 
     The system frees the lock when the process ends, however it ends. RuntimeError if another process holds it.
     """
+    if folder in _HELD and not _HELD[folder].closed:  # a notebook's cell is executed twice in one kernel
+        return _HELD[folder]
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")
     try:
@@ -358,6 +388,7 @@ def hold(folder: Path):
     except BlockingIOError:
         file.close()
         raise RuntimeError(f"{folder.name} is being executed by another process: wait for it or stop it") from None
+    _HELD[folder] = file
     return file
 
 

@@ -52,20 +52,21 @@ def prepare(grid: list[runs.Params], folder: Path, console: Console) -> None:
                     base_seed=p.base_seed)
 
 
-def state(grid: list[runs.Params], *notebooks: str) -> str:
-    """A digest of everything that evaluation and analysis read: finished runs, the study and the notebooks."""
+def state(study: runs.Study, grid: list[runs.Params], *notebooks: str) -> str:
+    """A digest of everything that evaluation and analysis read: the study, finished runs, data, notebooks and lib."""
     finished = {runs.run_id(p): (p.folder / "DONE").read_text() if runs.status(p.folder) == "done" else
                 runs.status(p.folder) for p in grid}
-    sources = [hashlib.sha256((ROOT / f"notebooks/{n}.ipynb").read_bytes()).hexdigest() for n in notebooks]
-    return runs.digest([finished, sources], 64)
+    sources = [*sorted((ROOT / "lib").glob("*.py")), *(ROOT / f"notebooks/{n}.ipynb" for n in notebooks)]
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]
+    return runs.digest([study.model_dump(), finished, sorted({data.data_hash(p.data_dir) for p in grid}), hashes], 64)
 
 
 def to_html(notebook: Path) -> Path:
-    """Render an executed notebook beside itself."""
+    """Render an executed notebook beside itself, without its code: the .ipynb has that."""
     from nbconvert import HTMLExporter
 
     page = notebook.with_suffix(".html")
-    page.write_text(HTMLExporter(template_name="lab").from_filename(str(notebook))[0])
+    page.write_text(HTMLExporter(template_name="lab", exclude_input=True).from_filename(str(notebook))[0])
     return page
 
 
@@ -96,12 +97,12 @@ def main(argv=None) -> int:
     try:
         study, grid = runs.load_study(args.study, args.profile)
         folder = runs.WORK / grid[0].output_dir
-        console.print(f"{study.title}: {len(grid)} runs, profile {args.profile}, in {grid[0].output_dir}")
+        sweep.announce(study, grid, console)
         prepare(grid, folder, console)
         failed = sweep.run_grid(grid, console=console, **sweep.options(args))
         for notebook, stamp, reads in (("03_eval", ".evaluated", ("03_eval",)),
                                        ("04_analysis", ".analysed", ("03_eval", "04_analysis"))):
-            seen, now = folder / "runs" / stamp, state(grid, *reads)
+            seen, now = folder / "runs" / stamp, state(study, grid, *reads)
             if seen.exists() and seen.read_text() == now:
                 console.print(f"{notebook} is up to date: nothing to do.")
                 continue

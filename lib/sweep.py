@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import time
+from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
@@ -45,23 +46,42 @@ def reuse(params: runs.Params) -> bool:
 
     Only for policies that were built here, whose hash is known without loading them. Files are hard links.
     """
-    policy = runs.WORK / f"models/{params.model}-s{params.base_seed}/policy.json"
-    if not policy.exists():
+    if params.model != "tiny" or runs.status(params.folder) == "running":
         return False
-    same = {"policy_hash": json.loads(policy.read_text())["hash"], "data_hash": data.data_hash(params.data_dir)}
     for done in runs.OUTPUTS.glob(f"*/runs/{runs.run_id(params)}/DONE"):
-        record = json.loads((done.parent / "provenance.json").read_text())
-        if done.parent != params.folder and all(record[name] == value for name, value in same.items()):
+        if done.parent != params.folder and not stale(done.parent, params):
+            part = params.folder.with_name(params.folder.name + ".part")
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(done.parent, part, copy_function=os.link, ignore=shutil.ignore_patterns(".lock"))
             shutil.rmtree(params.folder, ignore_errors=True)
-            shutil.copytree(done.parent, params.folder, copy_function=os.link)
+            os.replace(part, params.folder)
             return True
     return False
+
+
+def stale(folder: Path, params: runs.Params) -> str | None:
+    """Which input a finished run does not share with today's: "base policy", "data", or None.
+
+    The base policy is compared if it was built here, since its hash is then known without loading it.
+    """
+    record = json.loads((folder / "provenance.json").read_text())
+    policy = runs.WORK / f"models/{params.model}-s{params.base_seed}/policy.json"
+    if policy.exists() and record["policy_hash"] != json.loads(policy.read_text())["hash"]:
+        return "base policy"
+    return "data" if record["data_hash"] != data.data_hash(params.data_dir) else None
 
 
 def run_grid(grid: list[runs.Params], address: str | None = None, cpus_per_run: float = 1, gpus_per_run: float = 0,
              max_retries: int = 1, console: Console | None = None) -> dict[str, str]:
     """Execute all cells that are not done; returns {run_id: message} of those that failed."""
     console = console or Console()
+    for p in {(p.data_dir, p.model, p.base_seed): p for p in grid}.values():
+        runs.check_inputs(p)
+    for p in grid:
+        changed = runs.status(p.folder) == "done" and stale(p.folder, p)
+        if changed:
+            raise ValueError(f"{runs.run_id(p)} was trained from another {changed} than the one that is there now: "
+                             f"restore it, or delete {p.output_dir}/runs to run the study again")
     todo = [p for p in grid if runs.status(p.folder) != "done"]
     reused = [p for p in todo if reuse(p)]
     todo = [p for p in todo if p not in reused]
@@ -144,6 +164,14 @@ def options(args: argparse.Namespace) -> dict:
     return {name: getattr(args, name) for name in ("address", "cpus_per_run", "gpus_per_run", "max_retries")}
 
 
+def announce(study: runs.Study, grid: list[runs.Params], console: Console):
+    """Say what is going to run, where, and with whose hyperparameters."""
+    console.print(f"{study.title}: {len(grid)} runs, profile {grid[0].profile}, in {grid[0].output_dir}")
+    chosen = runs.selected(grid[0].profile) if study.use_selected else {}
+    if chosen:
+        console.print("chosen by the hyperparameter study: " + ", ".join(f"{k}={v}" for k, v in chosen.items()))
+
+
 def report(failed: dict[str, str], grid: list[runs.Params]) -> int:
     """Say which runs failed and where their notebooks are; returns the exit status."""
     for name, message in failed.items():
@@ -163,14 +191,14 @@ def main(argv=None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 140)
     try:
         study, grid = runs.load_study(args.study, args.profile)
-    except ValueError as e:
+        announce(study, grid, console)
+        if args.dry_run:
+            console.print(plan(grid))
+            return 0
+        return report(run_grid(grid, console=console, **options(args)), grid)
+    except (ValueError, OSError) as e:
         print(e, file=sys.stderr)
         return 2
-    console.print(f"{study.title}: {len(grid)} runs, profile {args.profile}")
-    if args.dry_run:
-        console.print(plan(grid))
-        return 0
-    return report(run_grid(grid, console=console, **options(args)), grid)
 
 
 if __name__ == "__main__":

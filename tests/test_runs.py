@@ -51,9 +51,10 @@ def test_run_id_is_readable_and_the_same_in_another_process():
     ({"label_flip_rate": 0.2, "mask_rate": 0.3}, ["label_flip_rate and mask_rate", "false_positive_rate"]),
     ({"per_device_train_batch_size": 12}, ["12 completions", "num_generations=8"]),
     ({"seed": -1}, ["seed=-1", ">= 0"]),
-    ({"engine": "vlm"}, ["engine='vlm'", "'vllm'"]),
+    ({"engine": "vlm"}, ["engine='vlm'", "'transformers'"]),
     ({"noise_level": "promt"}, ["noise_level='promt'", "did you mean 'prompt'"]),
     ({"lable_flip_rate": 0.1}, ["'lable_flip_rate' is not a parameter", "did you mean 'label_flip_rate'"]),
+    ({"max_steps": 0}, ["max_steps=0", "-1"]),
     ({"save_steps": 5, "num_iterations": 2}, ["save_steps=5", "num_iterations=2"]),
     ({"learning_rate": "fast"}, ["learning_rate='fast'"]),
 ])
@@ -72,10 +73,13 @@ def test_unknown_profile_and_study_name_the_nearest():
 
 
 def test_an_unknown_name_in_a_notebook_is_refused_and_machinery_is_not():
-    names = {"seed": 1, "In": [], "Out": {}, "_i1": "x", "json": json, "exit": object()}
-    assert runs.given_parameters(names) == {"seed": 1}
+    cells = ["", "seed = 1  # a comment\nmask_rate = None", "import json\nsteps = 5", "gpu = False",
+             "# Parameters\nseed = 2\n"]
+    names = {"seed": 2, "mask_rate": None, "steps": 5, "gpu": False, "json": json, "In": cells}
+    assert runs.given_parameters(names) == {"seed": 2, "mask_rate": None}
+    injected = {"In": [*cells, "# Parameters\nlabel_flip_rat = 0.1\n"], "label_flip_rat": 0.1}
     with pytest.raises(ValueError, match="'label_flip_rat' is not a parameter, did you mean 'label_flip_rate'"):
-        runs.given_parameters(names | {"label_flip_rat": 0.1})
+        runs.given_parameters(names | injected)
 
 
 @pytest.mark.parametrize("text, words", [
@@ -83,6 +87,8 @@ def test_an_unknown_name_in_a_notebook_is_refused_and_machinery_is_not():
     ("title: t\narms: [{lable_flip_rate: 0.1}]\nseeds: [0]\n", ["bad.yaml, arm 1", "'label_flip_rate'"]),
     ("title: t\narms: [{}, {mask_rate: [0.1, 2]}]\nseeds: [0]\n", ["bad.yaml, arm 2", "mask_rate=2"]),
     ("title: t\narms: [{}]\nseeds: []\n", ["bad.yaml", "seeds"]),
+    ("title: t\narms: []\nseeds: [0]\n", ["bad.yaml", "arms"]),
+    ("title: t\narms: [{mask_rate: []}]\nseeds: [0]\n", ["bad.yaml, arm 1", "mask_rate is an empty list"]),
     ("title: t\narms: [{}]\nseeds: [-3]\n", ["seed=-3"]),
     ("title: t\narms: [{}]\nseeds: [0, 0]\n", ["occur twice"]),
     ("title: t\narms: [{}\nseeds: [0]\n", ["bad.yaml:", "not valid YAML"]),
@@ -138,6 +144,14 @@ def test_none_means_as_the_profile_says_and_noise_follows_the_seed():
     assert runs.resolve("tiny", seed=7, noise_seed=3).noise_seed == 3
 
 
+def test_the_name_of_an_arm_has_every_rate():
+    assert runs.describe(runs.resolve("tiny", label_flip_rate=0.2))[0] == "flip 0.2"
+    assert runs.describe(runs.resolve("tiny", label_flip_rate=0.2, abstain_rate=0.5, noise_level="group"))[0] == \
+        "flip 0.2 + abstain 0.5 (group)"
+    assert runs.describe(runs.resolve("tiny", reward="format", noise_level="group"))[0] == "format only"
+    assert runs.describe(runs.resolve("tiny"))[0] == "clean"
+
+
 @given(p=st.floats(0, 1), m=st.floats(0, 1))
 def test_j_of_named_channels(p, m):
     assert runs.resolve("tiny", label_flip_rate=p).channel.J == pytest.approx(1 - 2 * p)
@@ -151,9 +165,13 @@ def test_a_second_process_is_kept_out_and_a_killed_one_is_not_missed(tmp_path):
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(RuntimeError, match="executed by another process"):
         runs.hold(tmp_path)
+    assert runs.status(tmp_path) == "running"
     holder.kill()
     holder.wait()
-    runs.hold(tmp_path).close()
+    file = runs.hold(tmp_path)
+    assert runs.hold(tmp_path) is file  # twice in one process: a notebook's cell is executed again
+    assert runs.status(tmp_path) == "missing"
+    file.close()
 
 
 def checkpoint(folder, step, complete=True):
