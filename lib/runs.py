@@ -12,6 +12,7 @@ import platform
 import re
 import resource
 import subprocess
+import time
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -358,10 +359,9 @@ def status(folder: Path) -> str:
     if (folder / "DONE").exists():
         return "done"
     if (folder / ".lock").exists() and not (folder in _HELD and not _HELD[folder].closed):
-        try:
-            hold(folder).close()
-        except RuntimeError:
-            return "running"
+        with open(folder / ".lock") as file:
+            if not _flock(file, fcntl.LOCK_SH):
+                return "running"
     if (folder / "FAILED").exists():
         return "failed"
     return "interrupted" if (folder / "params.json").exists() else "missing"
@@ -382,14 +382,22 @@ def hold(folder: Path):
     if folder in _HELD and not _HELD[folder].closed:  # a notebook's cell is executed twice in one kernel
         return _HELD[folder]
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    for _ in range(10):  # `status` looks at the lock for an instant: do not take that for a run
+        file = open(folder / ".lock", "w")
+        if _flock(file, fcntl.LOCK_EX):
+            _HELD[folder] = file
+            return file
         file.close()
-        raise RuntimeError(f"{folder.name} is being executed by another process: wait for it or stop it") from None
-    _HELD[folder] = file
-    return file
+        time.sleep(0.02)
+    raise RuntimeError(f"{folder.name} is being executed by another process: wait for it or stop it")
+
+
+def _flock(file, kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def check_inputs(params: Params):

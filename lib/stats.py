@@ -44,6 +44,7 @@ class Parts(NamedTuple):
 
 
 class Interval(NamedTuple):
+    """An estimate with its interval, and the variance parts that made it; NaN bounds where one seed says nothing."""
     estimate: float
     low: float
     high: float
