@@ -75,8 +75,9 @@ def print_results(folder: Path, console: Console):
     table = Table("arm", "J", "seeds", "accuracy", "95 % interval", "difference", "95 % interval", "Holm p", "from",
                   title=f"{folder.name}: results")
     for r in pd.read_csv(folder / "results.csv").itertuples():
-        compared, J = pd.notna(r.difference), f"{r.J:.2f}" if pd.notna(r.J) else ""
-        table.add_row(r.arm, J, str(r.seeds), f"{r.estimate:.3f}", f"{r.low:.3f} to {r.high:.3f}",
+        compared, J = pd.notna(r.difference_low), f"{r.J:.2f}" if pd.notna(r.J) else ""
+        interval = f"{r.low:.3f} to {r.high:.3f}" if pd.notna(r.low) else "one seed: none"
+        table.add_row(r.arm, J, str(r.seeds), f"{r.estimate:.3f}", interval,
                       *((f"{r.difference:+.3f}", f"{r.difference_low:+.3f} to {r.difference_high:+.3f}",
                          f"{r.p_holm:.2g}", r.reference) if compared else ("", "", "", "")))
     console.print(table)
