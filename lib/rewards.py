@@ -146,7 +146,10 @@ def backward_correction(rewards, a, b) -> np.ndarray:
 
 
 def forward_correction(rewards, b) -> np.ndarray:
-    """r - (1 - b): b for r = 1, b - 1 for r = 0. Its mean given t is J (t - 1); arXiv 2510.00915."""
+    """r - (1 - b): b for r = 1, b - 1 for r = 0. Its mean given t is J (t - 1).
+
+    Our derivation of weights with the property that arXiv 2510.00915 asks for: the false-negative rate is enough.
+    """
     return np.asarray(rewards, dtype=float) - (1 - b)
 
 
