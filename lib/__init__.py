@@ -9,3 +9,4 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 WORK = Path(os.environ.get("GRPO_NOISE_WORK", ROOT)).expanduser().resolve()
+BUILT_HERE = ("tiny", "smol-warm")  # base policies that 01b_warm_start makes, in models/<name>-s<base_seed>

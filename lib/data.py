@@ -1,4 +1,4 @@
-"""Problems with checkable answers: MATH (arXiv 2103.03874) or generated arithmetic in MATH's own schema.
+"""Problems with checkable answers: MATH (arXiv 2103.03874) or generated problems in MATH's own schema.
 
 The steps are those of the reference experiment: merge all parts into train and validation, split train 90/10,
 keep the original validation for testing. `make_dataset` does all of them and writes one folder:
@@ -11,6 +11,7 @@ A row has sample_id, problem, level, type, solution and answer (the content of t
 """
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -196,7 +197,7 @@ def near_overlaps(rows: list[dict], held_out: Iterable[dict]) -> list[tuple[str,
     return [(a["sample_id"], b["sample_id"]) for a, b in pairs if b and a["problem"] != b["problem"]]
 
 
-# ---- generated arithmetic ------------------------------------------------------------------------
+# ---- generated problems --------------------------------------------------------------------------
 
 
 ARITHMETIC_TYPES = ("Addition", "Subtraction", "Missing Number")
@@ -233,18 +234,56 @@ def arithmetic_row(kind: str, a: int, b: int) -> dict[str, str] | None:
     return {"problem": problem, "level": f"Level {level}", "type": kind, "solution": f"{steps}, so {end}."}
 
 
-def generate_arithmetic(folder: Path, seed: int, n_train: int = 6000, n_test: int = 1024) -> None:
+OPERATIONS = {"Addition": "+", "Subtraction": "-", "Multiplication": "*", "Division": "/"}
+
+
+def operations_row(kind: str, a: int, b: int) -> dict[str, str] | None:
+    """One problem in MATH's schema, a and b >= 1; None if no level has it. Division asks for a: a*b divided by b.
+
+    Addition, Subtraction: level 1: one digit and one digit; 2: two and one; 3, 4: two and two without, with a
+    carry (or borrow); 5: three and two. Multiplication: level 1, 2, 3: factors up to 5, 9, 12; 4: 13..49 by
+    2..5; 5: 13..99 by 2..9, less level 4. Division: the same, b is not the larger factor.
+    """
+    sign, low, high = OPERATIONS[kind], min(a, b), max(a, b)
+    if kind in ("Addition", "Subtraction"):
+        one, units = (1 if sign == "+" else -1), b % 10
+        result = a + one * b
+        moves = result > 99 or not 0 <= a % 10 + one * units <= 9
+        level = {(1, 1): 1, (2, 1): 2, (2, 2): 3 + moves, (3, 2): 5}.get((len(str(a)), len(str(b))))
+        between = f"{result - one * units} {sign} {units} = " if b > 9 and units else ""
+    else:
+        result, tens, units = a * b, high // 10 * 10, high % 10
+        level = 1 + (high > 5) + (high > 9) if high <= 12 else None
+        if 13 <= a <= 99 and 2 <= b <= 9:
+            level = 4 if a <= 49 and b <= 5 else 5
+        between = f"{tens * low} + {units * low} = " if tens and units else ""
+    if level is None or result < 0 or (kind == "Division" and b > a):
+        return None
+    problem = f"{a * b} / {b}" if kind == "Division" else f"{a} {sign} {b}"
+    steps = f"{b} * {a} = {a * b}, so {problem} = \\boxed{{{a}}}"
+    if kind != "Division":
+        steps = f"{problem} = {between}\\boxed{{{result}}}"
+    return {"problem": f"What is {problem}?", "level": LEVELS[level - 1], "type": kind, "solution": steps}
+
+
+GENERATED = {  # source: row of (kind, a, b), its kinds, every a, every b, default n_train and n_test
+    "arithmetic": (arithmetic_row, ARITHMETIC_TYPES, range(10, 1000), range(1, 10), 6000, 1024),
+    "operations": (operations_row, OPERATIONS, range(1, 1000), range(1, 100), 10_000, 2048),
+}
+SOURCES = (*GENERATED, "math")
+
+
+def generate(source: str, folder: Path, seed: int, n_train: int, n_test: int) -> None:
     """Write `<folder>/<subject>/train.jsonl` and `validation.jsonl`: n_train + n_test different problems.
 
-    Types and levels are as balanced as the space allows (some have 360 problems only), and the validation
+    Types and levels are as balanced as the space allows (some have a few problems only), and the validation
     parts hold the same mix as the train parts. The same arguments give the same bytes.
     """
+    make_row, kinds, values_a, values_b, *_ = GENERATED[source]
     cells = defaultdict(list)
-    for kind in ARITHMETIC_TYPES:
-        for a in range(10, 1000):
-            for b in range(1, 10):
-                if row := arithmetic_row(kind, a, b):
-                    cells[kind, row["level"]].append(row)
+    for kind, a, b in itertools.product(kinds, values_a, values_b):
+        if row := make_row(kind, a, b):
+            cells[kind, row["level"]].append(row)
     space, wanted = sum(map(len, cells.values())), n_train + n_test
     if n_train < 1 or n_test < 1 or wanted > space:
         raise ValueError(f"n_train={n_train}, n_test={n_test}: each must be >= 1 and their sum <= {space}")
@@ -253,7 +292,7 @@ def generate_arithmetic(folder: Path, seed: int, n_train: int = 6000, n_test: in
     for i, key in enumerate(by_size):  # the smallest first: what they cannot give, the others do
         sizes[key] = min(len(cells[key]), (wanted - sum(sizes.values())) // (len(cells) - i))
     tests = proportional_shares(sizes, n_test)
-    for kind in ARITHMETIC_TYPES:
+    for kind in kinds:
         parts: dict[str, list[dict]] = {"train": [], "validation": []}
         rng = random.Random(f"{seed}/{kind}")
         for level in LEVELS[:5]:
@@ -318,17 +357,18 @@ def _build(parts: Path, stage: Path, seed: int) -> dict:
 
 
 def make_dataset(source: str, data_dir: str | Path | None = None, math_dir: str | Path | None = None,
-                 data_seed: int = 0, n_train: int = 6000, n_test: int = 1024) -> tuple[Path, bool]:
+                 data_seed: int = 0, n_train: int | None = None, n_test: int | None = None) -> tuple[Path, bool]:
     """Make data/<data_dir> and return (folder, True), or (folder, False) if the same data are there already.
 
     math_dir: a local copy of MATH (a relative path starts at the project's root); None downloads it.
+    n_train, n_test: problems to generate; None: the source's own number.
     Everything is written to a temporary folder beside it, which is renamed at the end: an error leaves no
     output and keeps the data that were there. A folder that this function did not make is never replaced.
     """
-    if source not in ("arithmetic", "math"):
-        raise ValueError(f"source={source!r}: choose 'arithmetic' or 'math'")
-    if source == "arithmetic" and math_dir is not None:
-        raise ValueError("math_dir is for source='math': generated arithmetic reads no folder")
+    if source not in SOURCES:
+        raise ValueError(f"source={source!r}: choose one of {', '.join(SOURCES)}")
+    if source in GENERATED and math_dir is not None:
+        raise ValueError(f"math_dir is for source='math': {source} is generated and reads no folder")
     out = data_folder(data_dir or source)
     if out.exists() and any(out.iterdir()) and not (out / "manifest.json").is_file():
         raise ValueError(f"{shown(out)} holds other files (no manifest.json): choose another data_dir")
@@ -337,10 +377,13 @@ def make_dataset(source: str, data_dir: str | Path | None = None, math_dir: str 
         stage = Path(temporary) / "new"
         stage.mkdir()
         parameters = {"source": source, "data_seed": data_seed}
-        if source == "arithmetic":
-            parameters |= {"n_train": n_train, "n_test": n_test}
+        if source in GENERATED:
+            *_, own_train, own_test = GENERATED[source]
+            sizes = {"n_train": own_train if n_train is None else n_train,
+                     "n_test": own_test if n_test is None else n_test}
+            parameters |= sizes
             parts = stage / "parts"
-            generate_arithmetic(parts, data_seed, n_train, n_test)
+            generate(source, parts, data_seed, **sizes)
         else:
             parts = ROOT / Path(math_dir).expanduser() if math_dir is not None else download_math()
         manifest = {"parameters": parameters} | _build(parts, stage, data_seed)
@@ -366,7 +409,7 @@ def read_manifest(data_dir: str | Path) -> dict:
     """The manifest of a dataset folder; FileNotFoundError with the command that makes the data."""
     folder = data_folder(data_dir)
     if not (folder / "manifest.json").is_file():
-        source = "math" if "math" in folder.name.lower() else "arithmetic"
+        source = next((s for s in SOURCES if s in folder.name.lower()), "arithmetic")
         raise FileNotFoundError(
             f"no data in {shown(folder)}. Make them, from the project's root, with: papermill "
             f"notebooks/01_data.ipynb outputs/01_data.ipynb -p source {source} -p data_dir {folder.name}")

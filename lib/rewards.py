@@ -72,11 +72,12 @@ def verdicts(grades, groups, source: str = "accuracy") -> np.ndarray:
 
 
 def noisy_reward(verifier: Verifier, chan: noise.Channel, noise_seed: int, log_folder, source: str = "accuracy",
-                 correct=lambda r, groups: r):
+                 correct=lambda r, groups: r, clock=lambda: None):
     """The reward function of a run: grade, apply the channel, log every completion, report the rates to TRL.
 
     source: what enters the channel, see `verdicts`. The checker's own verdict is logged in any case.
     correct: maps observed rewards (n,) and their problems to what the trainer is given (see `estimator`).
+    clock: called at the start and at the end, so that a run can say what its rewards cost.
     The dataset needs the columns `sample_id` and `answer`. One file a step appears in `log_folder`.
     """
     verdicts([], [], source)  # an unknown source is refused now, not after the first rollouts
@@ -84,6 +85,7 @@ def noisy_reward(verifier: Verifier, chan: noise.Channel, noise_seed: int, log_f
     folder.mkdir(parents=True, exist_ok=True)
 
     def observed_reward(completions, completion_ids, sample_id, answer, trainer_state, log_metric, **_):
+        clock()
         texts = [text_of(c) for c in completions]
         grades = verifier.grade(list(answer), texts)
         t = np.array([g.correct for g in grades], int)
@@ -100,6 +102,7 @@ def noisy_reward(verifier: Verifier, chan: noise.Channel, noise_seed: int, log_f
         for name, value in realised_rates(t, r).items():
             if not np.isnan(value):  # a batch without a wrong answer has no false-positive rate
                 log_metric(name, float(value))
+        clock()
         return [None if np.isnan(x) else float(x) for x in returned]
 
     return observed_reward

@@ -23,12 +23,12 @@ import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lib import ROOT, WORK, data
+from lib import BUILT_HERE, ROOT, WORK, data, engines, hub
 from lib.noise import Channel, channel, replay
 from lib.rewards import estimator, read_log
 
 PROFILES, STUDIES, OUTPUTS = ROOT / "params/profiles", ROOT / "params/studies", WORK / "outputs"
-NOT_HASHED = {"output_dir", "report_to"}  # where a run lies and who watches it do not change what it computes
+NOT_HASHED = {"output_dir", "report_to", "gradient_checkpointing"}  # these do not change what a run computes
 
 
 class Params(BaseModel):
@@ -43,7 +43,7 @@ class Params(BaseModel):
     base_seed: int = Field(0, ge=0)
     data_dir: str
     prompt_template: Literal["none", "chat", "qwen-math", "r1-zero"] = "none"
-    engine: Literal["transformers"] = "transformers"
+    engine: Literal["transformers", "vllm", "unsloth"] = "transformers"
     max_prompt_length: int = Field(512, gt=0)
     max_completion_length: int = Field(512, gt=0)
     # the noise
@@ -80,6 +80,7 @@ class Params(BaseModel):
     lora_rank: int = Field(16, gt=0)
     lora_alpha: int = Field(16, gt=0)
     # the machine and the log
+    gradient_checkpointing: bool = False
     num_threads: int = Field(1, ge=1)
     log_interval: int = Field(10, ge=1)
     eval_interval: int = Field(0, ge=0)
@@ -94,6 +95,8 @@ class Params(BaseModel):
         if self.mitigation == "sgrpo" and self.scale_rewards != "none":
             raise ValueError("mitigation='sgrpo' returns advantages itself, and scale_rewards="
                              f"{self.scale_rewards!r} would undo its weights: set scale_rewards='none'")
+        if self.engine != "transformers":
+            engines.served_rank(self.lora_rank)
         batch = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if batch % self.num_generations:
             raise ValueError(f"per_device_train_batch_size × gradient_accumulation_steps = {batch} completions do not "
@@ -405,12 +408,17 @@ def check_inputs(params: Params):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise RuntimeError("a run is one process: to use several GPUs, execute several runs at once with lib.sweep")
     data.read_manifest(params.data_dir)
-    if params.model == "tiny" and not (WORK / f"models/tiny-s{params.base_seed}/policy.json").exists():
+    built = f"models/{params.model}-s{params.base_seed}"
+    if params.model in BUILT_HERE and not (WORK / built / "policy.json").exists():
         raise FileNotFoundError(
-            f"the base policy models/tiny-s{params.base_seed} has not been built. Build it with: papermill notebooks/"
-            f"01b_warm_start.ipynb outputs/01b_warm_start.ipynb -p profile tiny -p base_seed {params.base_seed}")
-    if params.model.startswith((".", "/", "~")) and not (Path(params.model).expanduser() / "config.json").exists():
-        raise FileNotFoundError(f"model={params.model!r} is not a folder with config.json: give one, or a hub id")
+            f"the base policy {built} has not been built. Build it with: papermill notebooks/01b_warm_start.ipynb "
+            f"outputs/01b_warm_start.ipynb -p profile {params.profile} -p base_seed {params.base_seed}")
+    if params.model not in (*BUILT_HERE, "smol"):
+        local = Path(params.model).expanduser()
+        if not local.is_dir() and not params.model.startswith((".", "/", "~")):
+            hub.check(params.model)
+        elif not (local / "config.json").exists():
+            raise FileNotFoundError(f"model={params.model!r} is not a folder with config.json: give one, or a hub id")
 
 
 def begin(folder: Path, params: Params, resumed_from: int, **identity: str) -> dict[str, Any]:
@@ -486,12 +494,8 @@ def cpu_name() -> str:
 
 
 def gpu_name() -> str | None:
-    """Name and driver of each GPU as nvidia-smi prints them, or None without a GPU."""
-    try:
-        return subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"],
-                              capture_output=True, text=True, check=True).stdout.strip() or None
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    """Name, driver and memory (MiB) of the GPUs, or None without a GPU."""
+    return "; ".join(", ".join(gpu) for gpu in engines.gpu_query("name,driver_version,memory.total")) or None
 
 
 def peak_memory_mb() -> int:

@@ -15,7 +15,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from lib import ROOT, data, runs, sweep
+from lib import BUILT_HERE, ROOT, data, runs, sweep
 
 
 def execute(notebook: str, folder: Path, console: Console, name: str | None = None, **parameters):
@@ -39,14 +39,15 @@ def prepare(grid: list[runs.Params], folder: Path, console: Console) -> None:
         try:
             data.read_manifest(data_dir)
         except FileNotFoundError:
-            if data_dir not in ("arithmetic", "math"):
+            if data_dir not in data.SOURCES:
                 raise
-            execute("01_data", folder, console, source=data_dir, math_dir=os.environ.get("MATH_DIR"))
+            local_copy = os.environ.get("MATH_DIR") if data_dir == "math" else None
+            execute("01_data", folder, console, source=data_dir, math_dir=local_copy)
     for p in {p.base_seed: p for p in grid}.values():
         try:
             runs.check_inputs(p)
         except FileNotFoundError:
-            if p.model != "tiny":
+            if p.model not in BUILT_HERE:
                 raise
             execute("01b_warm_start", folder, console, f"01b_warm_start-s{p.base_seed}", profile=p.profile,
                     base_seed=p.base_seed)

@@ -16,14 +16,14 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from lib import data, runs
+from lib import BUILT_HERE, data, engines, runs
 
 NO_RETRY = ("ValueError", "FileNotFoundError")  # the same parameters would fail in the same way
 
 
-def execute(params: dict) -> dict:
+def execute(params: dict, gpu_share: float = 0) -> dict:
     """Execute one run in this process: {"status": "done" | "failed", "message": ..., "retry": ...}."""
-    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
+    os.environ |= {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "GRPO_NOISE_GPU_SHARE": str(gpu_share or 1)}
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
@@ -37,6 +37,8 @@ def execute(params: dict) -> dict:
         message, retry = f"{e.ename}: {e.evalue}", e.ename not in NO_RETRY
     except Exception as e:  # the kernel died, the disk is full, ...: this run failed, the others go on
         message, retry = f"{type(e).__name__}: {e}", True
+    if any(words in message for words in engines.OUT_OF_MEMORY):
+        message, retry = f"{message.splitlines()[0][:200]} ... {engines.ADVICE}", False
     runs.write_atomically(folder / "FAILED", message + "\n")
     return {"status": "failed", "message": message, "retry": retry}
 
@@ -46,7 +48,7 @@ def reuse(params: runs.Params) -> bool:
 
     Only for policies that were built here, whose hash is known without loading them. Files are hard links.
     """
-    if params.model != "tiny" or runs.status(params.folder) == "running":
+    if params.model not in BUILT_HERE or runs.status(params.folder) == "running":
         return False
     for done in runs.OUTPUTS.glob(f"*/runs/{runs.run_id(params)}/DONE"):
         if done.parent != params.folder and not stale(done.parent, params):
@@ -71,10 +73,20 @@ def stale(folder: Path, params: runs.Params) -> str | None:
     return "data" if record["data_hash"] != data.data_hash(params.data_dir) else None
 
 
-def run_grid(grid: list[runs.Params], address: str | None = None, cpus_per_run: float = 1, gpus_per_run: float = 0,
-             max_retries: int = 1, console: Console | None = None) -> dict[str, str]:
-    """Execute all cells that are not done; returns {run_id: message} of those that failed."""
+def run_grid(grid: list[runs.Params], address: str | None = None, cpus_per_run: float = 1,
+             gpus_per_run: float | None = None, max_retries: int = 1, console: Console | None = None) -> dict[str, str]:
+    """Execute all cells that are not done; returns {run_id: message} of those that failed.
+
+    gpus_per_run: None is a whole GPU where there is one and the policy is not the tiny one, else none.
+    """
     console = console or Console()
+    if gpus_per_run is None:
+        gpus_per_run = float(any(p.model != "tiny" for p in grid) and bool(address or engines.gpu_query("name")))
+    for engine in sorted({p.engine for p in grid}):
+        if not address:  # the nodes of a cluster are not this machine: there the run itself looks
+            engines.check(engine, min(1.0, gpus_per_run))
+        if engine != "transformers" and not gpus_per_run:
+            raise ValueError(f"engine={engine!r} needs a part of a GPU: give --gpus-per-run, such as 0.25")
     for p in {(p.data_dir, p.model, p.base_seed): p for p in grid}.values():
         runs.check_inputs(p)
     for p in grid:
@@ -107,7 +119,7 @@ def run_grid(grid: list[runs.Params], address: str | None = None, cpus_per_run: 
                 while waiting and len(running) < slots:
                     p = waiting.pop(0)
                     tries[runs.run_id(p)] = tries.get(runs.run_id(p), 0) + 1
-                    running[task.remote(p.model_dump())] = (p, time.time())
+                    running[task.remote(p.model_dump(), gpus_per_run)] = (p, time.time())
                     board[runs.run_id(p)] = "running"
                 live.update(progress(board, took, len(waiting) + len(running), slots, began))
                 ready, _ = ray.wait(list(running), timeout=1)
@@ -155,7 +167,7 @@ def add_options(parser: argparse.ArgumentParser):
     """Options that decide where and how many runs execute."""
     parser.add_argument("--address", help="address of a running Ray cluster that shares this folder")
     parser.add_argument("--cpus-per-run", type=float, default=1)
-    parser.add_argument("--gpus-per-run", type=float, default=0, help="0.25 lets four runs share a GPU")
+    parser.add_argument("--gpus-per-run", type=float, help="0.25 lets four runs share a GPU; a whole one by default")
     parser.add_argument("--max-retries", type=int, default=1, help="of a run that was killed or crashed")
 
 
@@ -196,7 +208,7 @@ def main(argv=None) -> int:
             console.print(plan(grid))
             return 0
         return report(run_grid(grid, console=console, **options(args)), grid)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RuntimeError) as e:
         print(e, file=sys.stderr)
         return 2
 

@@ -4,7 +4,8 @@
         subprocess.run([...], env={**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path)})
 
 Answers what `snapshot_download`, `hf_hub_download` and `from_pretrained` ask: repository information, the
-list of files, and the files with their ETag. One revision a repository, whatever its name.
+list of files, and the files with their ETag. One revision a repository, whatever its name. A gated repository shows
+its list of files to everybody, and the files to those who send its token.
 """
 
 import hashlib
@@ -31,10 +32,12 @@ def _index(folder: Path) -> dict[str, tuple[Path, int, str]]:
 
 
 @contextmanager
-def serve(repositories: Repositories, requests: list[str] | None = None) -> Iterator[str]:
+def serve(repositories: Repositories, requests: list[str] | None = None,
+          gated: dict[tuple[str, str], str] | None = None) -> Iterator[str]:
     """Serve the repositories as they are now on a free port of 127.0.0.1; yields the endpoint.
 
-    `requests` collects what was asked for, as "GET /path". Folders are read once, at the start.
+    `requests` collects what was asked for, as "GET /path". `gated` holds the tokens of gated repositories: without
+    a token their files are refused with status 401, with another token with 403. Folders are read once, at the start.
     """
     indexes = {key: _index(folder) for key, folder in repositories.items()}
     commits = {
@@ -65,6 +68,11 @@ def serve(repositories: Repositories, requests: list[str] | None = None) -> Iter
                 commit = commits[kind, name]
                 page = f"/{name}/resolve/" if kind == "model" else f"/{kind}s/{name}/resolve/"
                 if path.startswith(page):
+                    token = (gated or {}).get((kind, name))
+                    sent = self.headers.get("Authorization")
+                    if token and sent != f"Bearer {token}":
+                        why = f"Access to {kind} {name} is restricted."
+                        return self.send(403 if sent else 401, b"", X_Error_Code="GatedRepo", X_Error_Message=why)
                     return self.file(index, path.removeprefix(page).partition("/")[2], commit)
                 page = f"/api/{kind}s/{name}"
                 if path == page or path.startswith(page + "/revision/"):

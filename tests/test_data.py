@@ -1,5 +1,7 @@
 """lib/data.py: merge, split, checks, atomic output, the generator, a download from a loopback hub."""
 
+import hashlib
+import itertools
 import json
 import os
 import re
@@ -17,7 +19,9 @@ from loopback_hub import serve
 
 from lib.data import (
     ARITHMETIC_TYPES,
+    GENERATED,
     LEVELS,
+    OPERATIONS,
     ROOT,
     arithmetic_row,
     count_table,
@@ -25,11 +29,12 @@ from lib.data import (
     data_hash,
     drop_overlaps,
     duplicates,
-    generate_arithmetic,
+    generate,
     load_split,
     make_dataset,
     merge_parts,
     near_overlaps,
+    operations_row,
     proportional_shares,
     read_manifest,
     shown,
@@ -363,14 +368,15 @@ def test_each_problem_exists_once():
     assert len(set(problems)) == len(problems) == 26_640
 
 
+@pytest.mark.parametrize("source", GENERATED)
 @given(seed=st.integers(0, 3), n_train=st.integers(1, 300), n_test=st.integers(1, 100))
-@settings(max_examples=8, deadline=None)
-def test_generator_sizes_and_determinism(tmp_path_factory, seed, n_train, n_test):
-    folder = tmp_path_factory.mktemp("arithmetic")
+@settings(max_examples=5, deadline=None)
+def test_generator_sizes_and_determinism(tmp_path_factory, source, seed, n_train, n_test):
+    folder = tmp_path_factory.mktemp(source)
     for name in "ab":
-        generate_arithmetic(folder / name, seed, n_train, n_test)
+        generate(source, folder / name, seed, n_train, n_test)
     files = sorted(f.relative_to(folder / "a") for f in folder.rglob("a/*/*.jsonl"))
-    assert len(files) == 6
+    assert len(files) == 2 * len(GENERATED[source][1])
     assert all((folder / "a" / f).read_bytes() == (folder / "b" / f).read_bytes() for f in files)
     written = {
         s: sum(len(f.read_text().splitlines()) for f in folder.glob(f"a/*/{s}.jsonl"))
@@ -395,6 +401,10 @@ def test_default_sizes_balance_and_no_overlap(tmp_path):
     assert table.loc["all", "all"] == 1024 and table.loc["all"].min() >= 150 and table.min().min() >= 50
     splits = [load_split(out, s)["problem"] for s in ("train", "validation", "test")]
     assert len(set().union(*splits)) == sum(map(len, splits)) == 7024
+    # Finished runs record the hash of these data: they must stay the same bytes.
+    digest = hashlib.sha256((out / "test.jsonl").read_bytes()).hexdigest()
+    assert digest == "d3bc8f65aeeb8211253331876599c8a9078bacb451db52f966a1a4fab825d990"
+    assert data_hash(out) == "9cfb843989982888fb5f85f74ed2dd53101d90d2477dac722374d9fca8d126d2"
 
 
 @pytest.mark.parametrize("sizes", [{"n_train": 0}, {"n_test": 0}, {"n_train": 26_000, "n_test": 641}])
@@ -405,8 +415,119 @@ def test_impossible_sizes_are_refused(tmp_path, sizes):
 
 
 def test_the_whole_space_can_be_used(tmp_path):
-    generate_arithmetic(tmp_path, 0, 26_000, 640)
+    generate("arithmetic", tmp_path, 0, 26_000, 640)
     assert sum(len(f.read_text().splitlines()) for f in tmp_path.rglob("*.jsonl")) == 26_640
+
+
+# ---- operations ----
+
+
+@pytest.fixture(scope="module")
+def every_operation():
+    """(problem's first number, its second number, row) of all rows of the space, as the problem's text has them."""
+    row, kinds, values_a, values_b, *_ = GENERATED["operations"]
+    made = [r for kind, a, b in itertools.product(kinds, values_a, values_b) if (r := row(kind, a, b))]
+    texts = [re.fullmatch(r"What is (\d+) ([-+*/]) (\d+)\?", r["problem"]).groups() for r in made]
+    assert all(OPERATIONS[r["type"]] == sign for r, (_, sign, _) in zip(made, texts, strict=True))
+    return [(int(x), int(y), r) for r, (x, _, y) in zip(made, texts, strict=True)]
+
+
+EVALUATE = {
+    "+": lambda x, y: x + y,
+    "-": lambda x, y: x - y,
+    "*": lambda x, y: x * y,
+    "/": lambda x, y: x // y if x % y == 0 else None,
+}
+
+
+def value(text):
+    """The value of `a`, `a + b`, `a / b`...: one operation at most, as the worked lines have it."""
+    x, *rest = text.split()
+    return EVALUATE[rest[0]](int(x), int(rest[1])) if rest else int(x)
+
+
+def test_every_operation_is_true_with_a_true_worked_line(every_operation):
+    for x, y, row in every_operation:
+        answer = EVALUATE[OPERATIONS[row["type"]]](x, y)
+        assert x > 0 and y > 0 and answer is not None and answer >= 0, row
+        line = row["solution"].removesuffix(f"\\boxed{{{answer}}}")
+        assert line != row["solution"] and "\\boxed" not in line and "\n" not in line and len(line) < 40, row
+        assert row["problem"] == f"What is {line.split('so ')[-1].split(' =')[0]}?", row
+        for equation in (line + str(answer)).split(", so "):
+            steps = equation.split(" = ")
+            assert len({value(step) for step in steps}) == 1 and len(set(steps)) == len(steps), row
+
+
+def stated_level(kind, x, y):
+    """The level of a problem's two numbers: the rules of data/README.md, written a second time."""
+    if kind in ("Addition", "Subtraction"):
+        sizes = len(str(x)), len(str(y))
+        moves = carries(x, y, OPERATIONS[kind])
+        return {(1, 1): 1, (2, 1): 2, (2, 2): 4 if moves else 3, (3, 2): 5}[sizes]
+    if kind == "Division":
+        x //= y
+        assert x >= y
+    if max(x, y) <= 12:
+        return 1 if max(x, y) <= 5 else 2 if max(x, y) <= 9 else 3
+    if x in range(13, 50) and y in range(2, 6):
+        return 4
+    assert (x in range(13, 100) and y in range(6, 10)) or (x in range(50, 100) and y in range(2, 6))
+    return 5
+
+
+def test_operations_have_the_stated_level_and_occur_once(every_operation):
+    for x, y, row in every_operation:
+        assert row["level"] == f"Level {stated_level(row['type'], x, y)}", row
+    assert len({row["problem"] for *_, row in every_operation}) == len(every_operation) == 177_555
+    counts = Counter((row["type"], row["level"]) for *_, row in every_operation)
+    sizes = {kind: [counts[kind, level] for level in LEVELS[:5]] for kind in OPERATIONS}
+    assert sizes == {  # counted by hand where that is possible: 9 * 9 sums, 15 divisions up to 5
+        "Addition": [81, 810, 45 * 44, 8100 - 45 * 44, 900 * 90],
+        "Subtraction": [45, 810, 45 * 55, 36 * 45, 900 * 90],
+        "Multiplication": [25, 56, 63, 37 * 4, 87 * 4 + 50 * 4],
+        "Division": [15, 30, 33, 37 * 4, 87 * 4 + 50 * 4],
+    }
+
+
+@pytest.mark.parametrize("kind, a, b", [("Addition", 7, 47), ("Subtraction", 3, 5), ("Subtraction", 42, 47),
+                                        ("Division", 3, 7), ("Multiplication", 6, 47), ("Multiplication", 120, 6)])
+def test_numbers_without_a_level_make_no_problem(kind, a, b):
+    assert operations_row(kind, a, b) is None
+
+
+def test_default_operations_in_every_split(tmp_path):
+    out, _ = make_dataset("operations", tmp_path / "operations")
+    manifest = read_manifest(out)
+    assert manifest["parameters"] == {
+        "source": "operations", "data_seed": 0, "n_train": 10_000, "n_test": 2_048
+    }
+    assert manifest["counts"] == {
+        "train": 10_000,
+        "validation": 2_048,
+        "train_split": 9_000,
+        "validation_split": 1_000,
+        "test": 2_048,
+    }
+    assert manifest["dropped_from_train_split"] == manifest["dropped_from_validation_split"] == []
+    assert manifest["duplicates"] == {"train": [], "validation": []}
+    splits = {s: load_split(out, s) for s in ("train", "validation", "test")}
+    assert len(set().union(*(rows["problem"] for rows in splits.values()))) == 12_048
+    tables = {s: count_table(rows) for s, rows in splits.items()}
+    for table in tables.values():
+        assert table.shape == (5, 6) and set(table.index) == {*OPERATIONS, "all"} and table.min().min() >= 1
+    whole = sum(tables.values())
+    assert abs(tables["test"] - whole * 2_048 / 12_048).loc[list(OPERATIONS), LEVELS[:5]].max().max() < 1
+    assert whole.loc["Addition"].tolist() == [81, 810, 1448, 1448, 1448, 5235]
+    assert whole.loc["Division"].tolist() == [15, 30, 33, 148, 548, 774]
+    test = out / "test.jsonl"
+    again, _ = make_dataset("operations", tmp_path / "again")
+    assert data_hash(again) == data_hash(out) and (again / "test.jsonl").read_bytes() == test.read_bytes()
+
+
+def test_more_operations_than_there_are_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="n_train=177555, n_test=2048: each must .* sum <= 177555"):
+        make_dataset("operations", tmp_path / "x", n_train=177_555)
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- make_dataset: parameters, no-op, atomicity ----
@@ -489,17 +610,18 @@ def test_foreign_files_are_never_replaced(tmp_path, parts):
 
 
 def test_contradictory_parameters(parts, tmp_path):
-    with pytest.raises(ValueError, match="source='gsm8k': choose 'arithmetic' or 'math'"):
+    with pytest.raises(ValueError, match="source='gsm8k': choose one of arithmetic, operations, math"):
         make_dataset("gsm8k", tmp_path / "x")
-    with pytest.raises(ValueError, match="math_dir is for source='math'"):
-        make_dataset("arithmetic", tmp_path / "x", parts)
+    for source in GENERATED:
+        with pytest.raises(ValueError, match=f"math_dir is for source='math': {source} is generated"):
+            make_dataset(source, tmp_path / "x", parts)
 
 
 def test_loading(tmp_path, parts):
-    with pytest.raises(
-        FileNotFoundError, match="papermill notebooks/01_data.ipynb .* -p source math -p data_dir math"
-    ):
-        load_split(tmp_path / "math", "train")
+    for name, source in (("math", "math"), ("Operations-7", "operations"), ("mine", "arithmetic")):
+        command = f"papermill notebooks/01_data.ipynb .* -p source {source} -p data_dir {name}"
+        with pytest.raises(FileNotFoundError, match=command):
+            load_split(tmp_path / name, "train")
     out, _ = make_dataset("math", tmp_path / "math", parts)
     assert load_split(out, "test").column_names == [
         "sample_id",

@@ -1,0 +1,179 @@
+"""Rollout engines on a GPU: whether one can run here, how several runs share a GPU, and vLLM for the evaluation.
+
+`transformers` needs nothing of this. `vllm` is TRL's colocated vLLM, `unsloth` is unsloth's model with its own vLLM.
+Nothing here imports torch or vLLM before it is needed.
+"""
+
+import fcntl
+import os
+import subprocess
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+RANKS = (8, 16, 32, 64, 128, 256, 512)  # of adapters, as vLLM allocates them
+ROLLOUT_MEMORY = 0.3  # vLLM's part of what a run may use of the GPU (TRL's default); the rest is the trainer's
+PACKAGES = {"transformers": (), "vllm": ("vllm",), "unsloth": ("vllm", "unsloth")}
+OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "No available memory for the cache blocks",
+                 "Free memory on device")  # as torch, CUDA and vLLM say it
+ADVICE = ("it needs more than its part of the GPU: let fewer runs share one (a larger --gpus-per-run), halve "
+          "per_device_train_batch_size and double gradient_accumulation_steps, or set gradient_checkpointing")
+
+
+# --- before anything is loaded ----------------------------------------------------------------------------------
+
+
+def gpu_query(fields: str) -> list[list[str]]:
+    """What nvidia-smi says of each GPU that this process may use; [] without a GPU."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in ("", "-1"):
+        return []
+    which = [f"--id={visible}"] if visible else []
+    try:
+        done = subprocess.run(["nvidia-smi", *which, f"--query-gpu={fields}", "--format=csv,noheader,nounits"],
+                              capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [[v.strip() for v in line.split(",")] for line in done.stdout.strip().splitlines()]
+
+
+def share() -> float:
+    """The part of a GPU that this run may use: what lib.sweep was given as --gpus-per-run, else the whole."""
+    return min(1.0, float(os.environ.get("GRPO_NOISE_GPU_SHARE") or 1))
+
+
+def served_rank(rank: int) -> int:
+    """The smallest rank that vLLM allocates and that serves adapters of `rank`. ValueError if there is none."""
+    if rank > RANKS[-1]:
+        raise ValueError(f"lora_rank={rank} is more than vLLM serves: choose at most {RANKS[-1]}, or "
+                         "engine='transformers'")
+    return next(r for r in RANKS if rank <= r)
+
+
+def check(engine: str, part: float | None = None):
+    """RuntimeError, within a second, if `engine` cannot work here with `part` of a GPU (share() if not given)."""
+    part = share() if part is None else part
+    if engine == "transformers":
+        return
+    for package in PACKAGES[engine]:
+        if find_spec(package) is None:
+            raise RuntimeError(f"engine={engine!r} needs the package {package}, which is not installed: install it "
+                               "with `make setup GPU=1`, or choose engine='transformers'")
+    gpus = gpu_query("compute_cap,memory.free,memory.total")
+    if not gpus:
+        raise RuntimeError(f"engine={engine!r} needs a CUDA GPU, and nvidia-smi shows none: choose "
+                           "engine='transformers'")
+    capability, free, total = (float(v) for v in gpus[0])
+    if capability < 8:
+        raise RuntimeError(f"engine={engine!r} computes in bf16, which this GPU lacks (compute capability "
+                           f"{capability:g}, and 8.0 is needed): use an A100, H100 or newer, or engine='transformers'")
+    if free < 0.85 * part * total:
+        raise RuntimeError(f"a run may use {part:g} of a GPU of {total / 1024:.0f} GiB, of which only "
+                           f"{free / 1024:.1f} GiB are free: stop what else runs there, or lower --gpus-per-run")
+
+
+def prepare(engine: str):
+    """Set what the engine reads from the environment and import what must come before trl. Call before trl is imported.
+
+    vLLM runs in this process, so that its draws follow this process's random generators (and a notebook's kernel may
+    hold it); it keeps what it measured when it started, so that the next start of the same shape is faster.
+    """
+    if engine == "transformers":
+        return
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ENABLE_STARTUP_PLAN": "1", "VLLM_NO_USAGE_STATS": "1",
+                   "MASTER_PORT": "0"}  # 0: TRL looks for a free port, so runs on one machine do not collide
+    if engine == "unsloth":
+        import unsloth  # noqa: F401  (it changes trl's trainer, so it has to be first)
+
+
+# --- several runs on one GPU ------------------------------------------------------------------------------------
+
+
+def memory_utilization(of: float = ROLLOUT_MEMORY) -> float:
+    """vLLM's gpu_memory_utilization: the part `of` this run's share of the GPU."""
+    return round(of * share(), 4)
+
+
+def limit_memory():
+    """A run that shares a GPU gets its part and no more: if it asks for more it fails alone, not its neighbours."""
+    import torch
+
+    if torch.cuda.is_available() and share() < 1:
+        torch.cuda.set_per_process_memory_fraction(0.95 * share())
+
+
+def take_turn(engine: str, patience: float = float("inf")):
+    """Wait until no other process starts an engine on this GPU; close the returned file to let the next one start.
+
+    vLLM measures free memory while it starts, and stops if a neighbour frees some meanwhile. So a run holds the turn
+    from before its engine starts until its own memory has stopped growing, and takes it once more before it exits.
+    After `patience` seconds it goes on without.
+    """
+    if engine == "transformers":
+        return open(os.devnull)
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").replace("/", "-")
+    file = open(Path(tempfile.gettempdir()) / f"grpo-noise-{os.getuid()}-gpu{gpu}.lock", "w")
+    until = time.time() + patience
+    while time.time() < until:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            time.sleep(0.2)
+    return file
+
+
+def grpo_options(params, stop_token_ids: list[int]) -> dict:
+    """GRPOConfig's options for the run's engine; {} for rollouts with transformers."""
+    if params.engine == "transformers":
+        return {}
+    return {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": memory_utilization(),
+            "vllm_max_model_length": params.max_prompt_length + params.max_completion_length,
+            "generation_kwargs": {"stop_token_ids": stop_token_ids},
+            "vllm_importance_sampling_correction": True, "vllm_importance_sampling_mode": "token_truncate",
+            "vllm_importance_sampling_clip_max": 2.0}
+
+
+# --- one engine for all adapters of a study ---------------------------------------------------------------------
+
+
+def vllm_engine(source: str, params, adapters: int, memory: float = 0.85, **options):
+    """A vLLM engine for the policy in `source` (folder or hub id) that serves `adapters` adapters of the run's rank."""
+    prepare("vllm")
+    from vllm import LLM
+
+    return LLM(model=source, enable_lora=True, max_lora_rank=served_rank(params.lora_rank),
+               max_loras=min(4, adapters), max_cpu_loras=max(4, adapters), seed=0,
+               max_model_len=params.max_prompt_length + params.max_completion_length,
+               **{"gpu_memory_utilization": memory_utilization(memory), "dtype": "bfloat16", **options})
+
+
+def vllm_sample(llm, prompts: list[str], max_new_tokens: int, k: int = 1, temperature: float = 1.0, seed: int = 0,
+                stop_token_ids=(), adapter=None) -> list[list[str]]:
+    """k completions for each prompt, as `policies.sample`. adapter: (number > 0, folder), or None for the base policy.
+
+    Completion i of question j draws from its own generator, started at seed + j k + i: the same random numbers for
+    every adapter, whatever else the engine does at the same time.
+    """
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    how = [SamplingParams(n=k, temperature=temperature, seed=seed + j * k, max_tokens=max_new_tokens,
+                          stop_token_ids=list(stop_token_ids)) for j in range(len(prompts))]
+    request = LoRARequest(str(adapter[0]), adapter[0], str(adapter[1])) if adapter else None
+    outputs = llm.generate(prompts, how, lora_request=request, use_tqdm=False)
+    return [[c.text for c in sorted(o.outputs, key=lambda c: c.index)] for o in outputs]
+
+
+def vllm_logprobs(llm, prompt: str, adapter=None) -> list[float]:
+    """Log-probabilities of the prompt's own tokens, without the first. They show whether an adapter is used."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    request = LoRARequest(str(adapter[0]), adapter[0], str(adapter[1])) if adapter else None
+    output = llm.generate([prompt], SamplingParams(max_tokens=1, prompt_logprobs=0), lora_request=request,
+                          use_tqdm=False)[0]
+    ids = output.prompt_token_ids
+    return [position[token].logprob for token, position in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
