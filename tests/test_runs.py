@@ -21,6 +21,8 @@ OTHER = {"profile": "smol", "model": "smol", "data_dir": "math", "prompt_templat
 def changed(params: runs.Params, name: str) -> runs.Params:
     """The same parameters but for one."""
     value = getattr(params, name)
+    if isinstance(value, bool):
+        return params.model_copy(update={name: not value})
     other = OTHER[name] if name in OTHER else value + 1 if isinstance(value, int) else value / 2 if value else 0.25
     assert other != value
     return params.model_copy(update={name: other})
