@@ -71,10 +71,10 @@ def to_html(notebook: Path) -> Path:
     return page
 
 
-def print_results(folder: Path, console: Console):
+def print_results(folder: Path, console: Console, about: runs.Params):
     """The table of results and where to read more."""
     table = Table("arm", "J", "seeds", "accuracy", "95 % interval", "difference", "95 % interval", "Holm p", "from",
-                  title=f"{folder.name}: results")
+                  title=f"{folder.name}: {about.model}, prompt template {about.prompt_template}")
     for r in pd.read_csv(folder / "results.csv").itertuples():
         compared, J = pd.notna(r.difference_low), f"{r.J:.2f}" if pd.notna(r.J) else ""
         interval = f"{r.low:.3f} to {r.high:.3f}" if pd.notna(r.low) else "one seed: none"
@@ -116,7 +116,7 @@ def main(argv=None) -> int:
     except (ValueError, RuntimeError, OSError) as e:
         print(e, file=sys.stderr)
         return 2
-    print_results(folder, console)
+    print_results(folder, console, grid[0])
     return sweep.report(failed, grid)
 
 
