@@ -85,6 +85,14 @@ def test_a_withheld_reward_is_none_for_trl_and_missing_in_the_log(tmp_path):
     assert dict(metrics)["observed_mean"] == pytest.approx(log.observed_reward.mean())
 
 
+def test_a_dataset_without_the_problems_names_is_refused(tmp_path):
+    f = rewards.noisy_reward(VERIFIER, channel(0.1, noise_level="prompt"), 0, tmp_path / "rewards")
+    given = one("7") | {"log_metric": lambda *_: None}
+    del given["sample_id"]
+    with pytest.raises(ValueError, match="level 'prompt' is drawn by problem, .* no column sample_id: add one"):
+        f(**given)
+
+
 def test_an_unknown_reward_is_refused(tmp_path):
     with pytest.raises(ValueError, match="reward='length' is unknown: choose accuracy, format or majority"):
         rewards.noisy_reward(VERIFIER, channel(), 0, tmp_path, "length")
