@@ -109,8 +109,12 @@ def run_grid(grid: list[runs.Params], address: str | None = None, cpus_per_run: 
 
     ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")
     task = ray.remote(num_cpus=cpus_per_run, num_gpus=gpus_per_run, max_retries=0)(execute)
-    slots = max(1, int(min(ray.cluster_resources().get("CPU", 1) / cpus_per_run if cpus_per_run else len(todo),
-                           ray.cluster_resources().get("GPU", 0) / gpus_per_run if gpus_per_run else len(todo))))
+    has, needs = ray.cluster_resources(), {"CPU": cpus_per_run, "GPU": gpus_per_run}
+    for what, each in needs.items():
+        if each > has.get(what, 0):  # Ray would wait for such a node for ever
+            ray.shutdown()
+            raise ValueError(f"--{what.lower()}s-per-run {each:g}: there are {has.get(what, 0):g} {what}s here")
+    slots = max(1, int(min((has[what] / each for what, each in needs.items() if each), default=len(todo))))
     began, took, failed, tries = time.time(), [], {}, {}
     waiting, running = list(todo), {}
     try:

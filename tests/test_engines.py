@@ -116,6 +116,15 @@ def test_an_engine_needs_a_part_of_a_gpu(machine, tmp_path):
         sweep.run_grid([runs.resolve("smol", model="smol", data_dir="arithmetic", engine="vllm")], gpus_per_run=0)
 
 
+def test_more_than_there_is_is_refused_and_not_waited_for(workspace):
+    study = workspace / "many.yaml"
+    study.write_text("title: t\narms: [{}]\nseeds: [0]\nuse_selected: false\n")
+    done = subprocess.run([sys.executable, "-m", "lib.sweep", str(study), "--cpus-per-run", "1000"], cwd=ROOT,
+                          env=os.environ | {"GRPO_NOISE_WORK": str(workspace)}, capture_output=True, text=True,
+                          timeout=100)
+    assert done.returncode == 2 and "--cpus-per-run 1000: there are " in done.stderr
+
+
 def test_a_run_out_of_memory_gets_advice_and_no_second_try(tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     cell = nbformat.v4.new_code_cell("raise RuntimeError('CUDA out of memory. Tried to allocate 20.00 GiB')")
