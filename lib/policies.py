@@ -132,11 +132,11 @@ def stop_tokens(tokenizer, template: str, model) -> list[int]:
 
 
 def weights_hash(model) -> str:
-    """sha256 over names and values of all parameters: two policies with one hash answer alike."""
+    """sha256 over names and values of all parameters, whatever type they are stored in: one hash, one policy."""
     h = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         h.update(name.encode())
-        h.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        h.update(value.detach().cpu().float().contiguous().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
 
