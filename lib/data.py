@@ -317,7 +317,8 @@ def download_math() -> Path:
     except Exception as exc:  # the hub client's own errors, httpx's and the system's: all mean "no data"
         raise ConnectionError(
             f"cannot download {HUB_DATASET} ({type(exc).__name__}): set math_dir to a folder with a local "
-            "copy, or the environment variable HF_ENDPOINT to a mirror that this machine reaches.") from None
+            "copy (with make: MATH_DIR=folder), or the environment variable HF_ENDPOINT to a mirror that this "
+            "machine reaches.") from None
 
 
 # ---- writing and loading -------------------------------------------------------------------------

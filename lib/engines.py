@@ -68,14 +68,14 @@ def check(engine: str, part: float | None = None, training: bool = True):
     part = share() if part is None else part
     if engine == "transformers" or (not training and vllm_on_cpu()):
         return
-    for package in PACKAGES[engine]:
-        if find_spec(package) is None:
-            raise RuntimeError(f"engine={engine!r} needs the package {package}, which is not installed: install it "
-                               "with `make setup GPU=1`, or choose engine='transformers'")
     gpus = gpu_query("compute_cap,memory.free,memory.total")
     if not gpus:
         raise RuntimeError(f"engine={engine!r} needs a CUDA GPU, and nvidia-smi shows none: choose "
                            "engine='transformers'")
+    for package in PACKAGES[engine]:
+        if find_spec(package) is None:
+            raise RuntimeError(f"engine={engine!r} needs the package {package}, which is not installed: install it "
+                               "with `make setup GPU=1`, or choose engine='transformers'")
     capability, free, total = (float(v) for v in gpus[0])
     if capability < 8:
         raise RuntimeError(f"engine={engine!r} computes in bf16, which this GPU lacks (compute capability "

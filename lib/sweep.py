@@ -159,11 +159,12 @@ def progress(board: dict[str, str], took: list[float], left: int, slots: int, be
     return table
 
 
-def plan(grid: list[runs.Params]) -> Table:
+def plan(study: runs.Study, grid: list[runs.Params]) -> Table:
     """The cells of a study and what is there already."""
     table = Table("run", "arm", "seed", "base", "status")
     for p in grid:
-        table.add_row(runs.run_id(p), runs.describe(p)[0], str(p.seed), str(p.base_seed), runs.status(p.folder))
+        arm, _ = study.arm_and_reference(p)
+        table.add_row(runs.run_id(p), arm, str(p.seed), str(p.base_seed), runs.status(p.folder))
     return table
 
 
@@ -209,7 +210,7 @@ def main(argv=None) -> int:
         study, grid = runs.load_study(args.study, args.profile)
         announce(study, grid, console)
         if args.dry_run:
-            console.print(plan(grid))
+            console.print(plan(study, grid))
             return 0
         return report(run_grid(grid, console=console, **options(args)), grid)
     except (ValueError, OSError, RuntimeError) as e:
