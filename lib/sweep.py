@@ -24,6 +24,8 @@ NO_RETRY = ("ValueError", "FileNotFoundError")  # the same parameters would fail
 def execute(params: dict, gpu_share: float = 0) -> dict:
     """Execute one run in this process: {"status": "done" | "failed", "message": ..., "retry": ...}."""
     os.environ |= {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "GRPO_NOISE_GPU_SHARE": str(gpu_share or 1)}
+    if not gpu_share:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a run without a part of a GPU leaves it alone
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
@@ -77,11 +79,12 @@ def run_grid(grid: list[runs.Params], address: str | None = None, cpus_per_run: 
              gpus_per_run: float | None = None, max_retries: int = 1, console: Console | None = None) -> dict[str, str]:
     """Execute all cells that are not done; returns {run_id: message} of those that failed.
 
-    gpus_per_run: None is a whole GPU where there is one and the policy is not the tiny one, else none.
+    gpus_per_run: None is a whole GPU for an engine that needs one, and for all but the tiny policy where there is one.
     """
     console = console or Console()
     if gpus_per_run is None:
-        gpus_per_run = float(any(p.model != "tiny" for p in grid) and bool(address or engines.gpu_query("name")))
+        here = not address and engines.gpu_query("name") and any(p.model != "tiny" for p in grid)
+        gpus_per_run = float(bool(here) or any(p.engine != "transformers" for p in grid))
     for engine in sorted({p.engine for p in grid}):
         if not address:  # the nodes of a cluster are not this machine: there the run itself looks
             engines.check(engine, min(1.0, gpus_per_run))
@@ -104,7 +107,6 @@ def run_grid(grid: list[runs.Params], address: str | None = None, cpus_per_run: 
         console.print(f"All {len(grid)} runs are done: nothing to do.")
         return {}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
     ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")

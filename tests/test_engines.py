@@ -7,6 +7,7 @@ import time
 
 import nbformat
 import pytest
+from peft import get_peft_model
 from trl import GRPOConfig
 
 from lib import ROOT, engines, policies, runs, sweep
@@ -37,7 +38,7 @@ def machine(tmp_path, monkeypatch):
                                                        (("vllm",), "unsloth", "unsloth")])
 def test_a_missing_package_is_named_with_the_way_to_get_it(machine, packages, engine, missing):
     machine(packages)
-    with pytest.raises(RuntimeError, match=f"needs the package {missing}, .*make setup GPU=1.*engine='transformers'"):
+    with pytest.raises(ValueError, match=f"needs the package {missing}, .*make setup GPU=1.*engine='transformers'"):
         engines.check(engine)
 
 
@@ -46,7 +47,7 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(machine, packages, en
     ("9.0, 20000, 81559", "only 19.5 GiB are free: stop what else runs there, or lower --gpus-per-run")])
 def test_a_machine_that_cannot_is_told_why(machine, says, words):
     machine(says=says)
-    with pytest.raises(RuntimeError, match=words):
+    with pytest.raises(ValueError, match=words):
         engines.check("vllm")
 
 
@@ -81,6 +82,25 @@ def test_a_rank_above_the_engines_limit_is_refused_before_anything_is_loaded():
     assert runs.resolve("tiny", lora_rank=513).lora_rank == 513
     with pytest.raises(ValueError, match="lora_rank=513 is more than vLLM serves: choose at most 512"):
         runs.resolve("tiny", lora_rank=513, engine="vllm")
+
+
+@pytest.mark.parametrize("given, words", [({"top_p": 0.9}, "set top_p=1"), ({"engine": "unsloth", "loss_type": "bnpo"},
+                                                                            "choose another loss or another engine")])
+def test_what_an_engine_would_compute_otherwise_is_refused(given, words):
+    with pytest.raises(ValueError, match=words):
+        runs.resolve("smol", **given)
+
+
+def test_the_frozen_weights_are_put_back():
+    params = runs.resolve("tiny")
+    model = get_peft_model(policies.tiny_model(0), policies.lora(params))
+    frozen = policies.frozen_weights(model)
+    before = policies.weights_hash(model)
+    for _, p in model.named_parameters():
+        p.data += 0.25 * (not p.requires_grad)
+    assert policies.weights_hash(model) != before
+    policies.restore(model, frozen)
+    assert policies.weights_hash(model) == before
 
 
 def test_the_options_are_ones_that_the_trainer_knows():
@@ -130,6 +150,8 @@ def test_a_run_out_of_memory_gets_advice_and_no_second_try(tmp_path, monkeypatch
     cell = nbformat.v4.new_code_cell("raise RuntimeError('CUDA out of memory. Tried to allocate 20.00 GiB')")
     kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
     nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), tmp_path / "notebooks/02_train.ipynb")
+    monkeypatch.setenv("GRPO_NOISE_GPU_SHARE", "1")  # what the run sets is taken back
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(runs, "ROOT", tmp_path)
     monkeypatch.setattr(runs, "WORK", tmp_path)
     result = sweep.execute(runs.resolve("tiny").model_dump(), 0.25)

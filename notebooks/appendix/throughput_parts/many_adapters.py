@@ -1,4 +1,4 @@
-"""Adapters evaluated by one vLLM engine, timed: `python many_adapters.py FOLDERS.json OUT.json QUESTIONS K`.
+"""Adapters evaluated by one vLLM engine, timed: `python many_adapters.py FOLDERS.json OUT.json QUESTIONS K MODEL`.
 
 FOLDERS.json is a list of adapter folders of the smol profile. Each is sampled K times and asked greedily once.
 """
