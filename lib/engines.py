@@ -71,18 +71,18 @@ def check(engine: str, part: float | None = None, training: bool = True):
     gpus = gpu_query("compute_cap,memory.free,memory.total")
     if not gpus:
         raise ValueError(f"engine={engine!r} needs a CUDA GPU, and nvidia-smi shows none: choose "
-                           "engine='transformers'")
+                         "engine='transformers'")
     for package in PACKAGES[engine]:
         if find_spec(package) is None:
             raise ValueError(f"engine={engine!r} needs the package {package}, which is not installed: install it "
-                               "with `make setup GPU=1`, or choose engine='transformers'")
+                             "with `make setup GPU=1`, or choose engine='transformers'")
     capability, free, total = (float(v) for v in gpus[0])
     if capability < 8:
         raise ValueError(f"engine={engine!r} computes in bf16, which this GPU lacks (compute capability "
-                           f"{capability:g}, and 8.0 is needed): use an A100, H100 or newer, or engine='transformers'")
+                         f"{capability:g}, and 8.0 is needed): use an A100, H100 or newer, or engine='transformers'")
     if free < 0.85 * part * total:
         raise ValueError(f"a run may use {part:g} of a GPU of {total / 1024:.0f} GiB, of which only "
-                           f"{free / 1024:.1f} GiB are free: stop what else runs there, or lower --gpus-per-run")
+                         f"{free / 1024:.1f} GiB are free: stop what else runs there, or lower --gpus-per-run")
 
 
 def prepare(engine: str):

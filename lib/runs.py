@@ -358,9 +358,9 @@ def run_id(params: Params) -> str:
     return f"{arm}{base}-s{params.seed}-{digest(params.model_dump(exclude=NOT_HASHED))}"
 
 
-_HELD: dict[Path, Any] = {}  # lock files that this process has open
-
 # --- the folder of a run ----------------------------------------------------------------------------------------
+
+_HELD: dict[Path, Any] = {}  # lock files that this process has open
 
 
 def status(folder: Path) -> str:
