@@ -5,8 +5,12 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import settings
 
 from lib import ROOT
+
+settings.register_profile("project", deadline=None)  # a busy machine is not a failure
+settings.load_profile("project")
 
 
 def papermill(work, notebook, out, check=True, **parameters):

@@ -25,7 +25,7 @@ PIECES = [
 ]  # fmt: skip
 tex = st.lists(st.sampled_from(PIECES), max_size=25).map("".join)
 anything = st.text(st.characters(), max_size=60) | tex  # st.characters() includes lone surrogates
-quick = settings(max_examples=300, deadline=None)
+quick = settings(max_examples=300)
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +231,7 @@ def test_grades_by_hand(verifier, gold, completion, correct, method):
     assert grade.answer == last_boxed(completion)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(text=tex)
 def test_text_before_the_last_box_changes_nothing(verifier, text):
     golds, completions = ["5", "5", "1/2"], [r"\boxed{5}", r"\boxed{6}", r"\boxed{0.5}"]

@@ -115,7 +115,7 @@ def test_every_format_and_depth_gives_the_same_rows(tmp_path):
 
 
 @given(order=st.permutations(["algebra/train", "geometry/train", "zeta/x/train", "algebra/test"]))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_merge_does_not_depend_on_the_order_of_writing(tmp_path_factory, order):
     folder = tmp_path_factory.mktemp("merge")
     for name in order:
@@ -246,7 +246,7 @@ def labelled(sizes):
 
 
 @given(sizes=strata, seed=st.integers(0, 5), data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_split_is_a_stratified_seeded_partition_that_ignores_order(sizes, seed, data):
     everything = labelled(sizes)
     train, validation = split_train(everything, seed)
@@ -266,7 +266,7 @@ def test_another_seed_chooses_other_rows():
 
 
 @given(sizes=st.dictionaries(st.text(max_size=3), st.integers(1, 50), min_size=1), data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_shares_sum_to_the_total_and_stay_within_one(sizes, data):
     n = sum(sizes.values())
     total = data.draw(st.integers(0, n))
@@ -370,7 +370,7 @@ def test_each_problem_exists_once():
 
 @pytest.mark.parametrize("source", GENERATED)
 @given(seed=st.integers(0, 3), n_train=st.integers(1, 300), n_test=st.integers(1, 100))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 def test_generator_sizes_and_determinism(tmp_path_factory, source, seed, n_train, n_test):
     folder = tmp_path_factory.mktemp(source)
     for name in "ab":

@@ -266,7 +266,7 @@ def test_replay_proves_an_honest_log_in_any_order(name):
 
 
 @given(st.sampled_from(sorted(NOISY)), st.integers(0, 959), st.sampled_from(["observed", "true", "withheld"]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_replay_finds_the_one_tampered_row(name, row, what):
     log = log_of(NOISY[name], 3, steps=6, prompts=20)
     seen = log.observed_reward[row]

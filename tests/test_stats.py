@@ -108,7 +108,7 @@ def test_power_at_the_minimum_detectable_effect(seeds):
 
 # ---- properties
 
-calm = settings(deadline=None, max_examples=60)  # a shared machine pauses now and then
+calm = settings(max_examples=60)
 shapes = st.tuples(st.integers(2, 6), st.integers(2, 12), st.integers(0, 2**32 - 1))
 
 

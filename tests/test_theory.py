@@ -19,8 +19,6 @@ from lib import rewards, theory
 
 SEED = int(os.environ.get("THEORY_SEED", secrets.randbelow(2**32)))
 NAMES = ("gap", "energy", "silent", "unanimous_twice", "spurious", "lost", "snr")
-settings.register_profile("theory", deadline=None)  # the machine may be busy
-settings.load_profile("theory")
 rates = st.floats(0, 1, allow_subnormal=False)
 inner = st.floats(0.01, 0.99)
 sizes = st.integers(2, 40)
