@@ -9,12 +9,16 @@ import os
 import subprocess
 import tempfile
 import time
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from lib import WORK
+
 RANKS = (8, 16, 32, 64, 128, 256, 512)  # of adapters, as vLLM allocates them
 ROLLOUT_MEMORY = 0.3  # vLLM's part of what a run may use of the GPU (TRL's default); the rest is the trainer's
+OUTSIDE_TORCH = 2**30  # bytes of the GPU that a process needs beside torch's: CUDA's context, its kernels, graphs
 PACKAGES = {"vllm": ("vllm",), "unsloth": ("vllm", "unsloth")}
 OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "No available memory for the cache",
                  "To serve at least one request")  # as torch, CUDA and vLLM say it
@@ -102,6 +106,7 @@ def prepare(engine: str):
     for name in [n for n in os.environ if n.startswith("UNSLOTH_GRPO_")]:
         del os.environ[name]  # they change the loss
     if engine == "unsloth":
+        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(WORK / "models/.unsloth"))
         import unsloth  # noqa: F401  (it changes trl's trainer, so it has to be first)
 
 
@@ -113,28 +118,15 @@ def memory_utilization(of: float = ROLLOUT_MEMORY) -> float:
     return round(of * share(), 4)
 
 
-def limit_memory():
-    """A run that shares a GPU gets its part and no more: if it asks for more it fails alone, not its neighbours."""
-    import torch
-
-    if torch.cuda.is_available() and share() < 1:
-        torch.cuda.set_per_process_memory_fraction(0.95 * share())
-
-
-_turn: list = []  # this process's own turn: a second lock of one process would wait for the first
-
-
 def take_turn(engine: str, patience: float = float("inf")):
-    """Wait until no other process starts an engine on this GPU; close the returned file to let the next one start.
+    """Wait until no other process has its turn on this GPU, and return a file: closing it gives the turn back.
 
-    vLLM measures free memory while it starts, and stops if a neighbour frees some meanwhile. So a run holds the turn
-    from before its engine starts until its own memory has stopped growing, and takes it once more before it exits.
-    After `patience` seconds it goes on without. Runs of other users are not waited for.
+    vLLM measures free memory while it starts, and stops if a neighbour takes or frees some meanwhile. So whatever
+    changes a run's memory much is done in its turn. After `patience` seconds it goes on without; a process that ends
+    gives its turn back. Runs of other users are not waited for, and rollouts with transformers need no turn.
     """
     if engine == "transformers":
         return open(os.devnull)
-    if _turn and not _turn[-1].closed:
-        return _turn[-1]
     gpu = (gpu_query("uuid") or [[os.environ.get("CUDA_VISIBLE_DEVICES", "0").replace("/", "-")]])[0][0]
     file = open(Path(tempfile.gettempdir()) / f"grpo-noise-{os.getuid()}-gpu{gpu}.lock", "w")
     began, told = time.time(), False
@@ -143,11 +135,45 @@ def take_turn(engine: str, patience: float = float("inf")):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except BlockingIOError:
-            time.sleep(0.2)
+            time.sleep(0.1)
             if not told and time.time() > began + 5:
                 told = print(f"waiting for another run's engine to start on GPU {gpu}", flush=True) is None
-    _turn[:] = [file]
     return file
+
+
+@contextmanager
+def turn(engine: str):
+    """A turn that ends with this run holding all memory that it may use, so that it does not grow in another's."""
+    with take_turn(engine):
+        yield
+        claim_memory(engine)
+
+
+def claim_memory(engine: str):
+    """Limit a run that shares its GPU to its part: if it asks for more it fails alone, not its neighbours.
+
+    Beside an engine the part is taken from the system now, and torch hands it out.
+    """
+    import torch
+
+    if share() == 1 or not torch.cuda.is_available():
+        return
+    torch.cuda.set_per_process_memory_fraction(0.95 * share())
+    part = 0.95 * share() * torch.cuda.get_device_properties(0).total_memory
+    rest = int(part - torch.cuda.memory_reserved() - OUTSIDE_TORCH)
+    if engine != "transformers" and rest > 0:
+        torch.empty(rest, dtype=torch.uint8, device="cuda")  # freed at once, and kept by torch's allocator
+
+
+_last_turn: list = []  # open until the process ends
+
+
+def leave(engine: str, llm=None):
+    """Shut a run's engine down. A run that shares its GPU does so, and ends, in its turn."""
+    if share() < 1:
+        _last_turn.append(take_turn(engine, patience=120))
+    if llm is not None:
+        shut_down(llm)
 
 
 def shut_down(llm):
