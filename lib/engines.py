@@ -17,7 +17,8 @@ from pathlib import Path
 from lib import WORK
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)  # of adapters, as vLLM allocates them
-ROLLOUT_MEMORY = 0.3  # vLLM's part of what a run may use of the GPU (TRL's default); the rest is the trainer's
+ROLLOUT_MEMORY = 0.3  # the most that an engine takes of what a run may use of the GPU; the rest is the trainer's
+WORKING_MEMORY = 4 * 2**30  # bytes that vLLM needs beside weights, keys and values
 OUTSIDE_TORCH = 2**30  # bytes of the GPU that a process needs beside torch's: CUDA's context, its kernels, graphs
 PACKAGES = {"vllm": ("vllm",), "unsloth": ("vllm", "unsloth")}
 OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "No available memory for the cache",
@@ -118,6 +119,19 @@ def memory_utilization(of: float = ROLLOUT_MEMORY) -> float:
     return round(of * share(), 4)
 
 
+def rollout_bytes(model, params) -> int:
+    """GPU memory that a run's rollouts need in vLLM: weights (bf16), all keys and values at full length, working room.
+
+    What it were given beyond that would lie idle, and be missing where gradients are computed.
+    """
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    tokens = params.per_device_train_batch_size * params.gradient_accumulation_steps * (
+        params.max_prompt_length + params.max_completion_length)
+    return 2 * model.num_parameters() + 4 * tokens * config.num_hidden_layers * heads * size + WORKING_MEMORY
+
+
 def take_turn(engine: str, patience: float = float("inf")):
     """Wait until no other process has its turn on this GPU, and return a file: closing it gives the turn back.
 
@@ -187,13 +201,15 @@ def shut_down(llm):
     torch.cuda.empty_cache()
 
 
-def grpo_options(params, stop_token_ids: list[int]) -> dict:
+def grpo_options(params, model) -> dict:
     """GRPOConfig's options for the run's engine; {} for rollouts with transformers."""
     if params.engine == "transformers":
         return {}
-    return {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": memory_utilization(),
+    total = int(gpu_query("memory.total")[0][0]) * 2**20
+    return {"use_vllm": True, "vllm_mode": "colocate",
+            "vllm_gpu_memory_utilization": min(memory_utilization(), round(rollout_bytes(model, params) / total, 4)),
             "vllm_max_model_length": params.max_prompt_length + params.max_completion_length,
-            "generation_kwargs": {"stop_token_ids": stop_token_ids},
+            "generation_kwargs": {"stop_token_ids": model.generation_config.eos_token_id},
             "vllm_importance_sampling_correction": True, "vllm_importance_sampling_mode": "token_truncate",
             "vllm_importance_sampling_clip_max": 2.0}
 

@@ -103,13 +103,27 @@ def test_the_frozen_weights_are_put_back():
     assert policies.weights_hash(model) == before
 
 
-def test_the_options_are_ones_that_the_trainer_knows():
-    params = runs.resolve("smol", engine="vllm")
-    options = engines.grpo_options(params, [2])
+def test_the_options_are_ones_that_the_trainer_knows(machine):
+    machine(says="81559")
+    params, model = runs.resolve("smol", engine="vllm"), policies.tiny_model(0)
+    options = engines.grpo_options(params, model)
+    assert options["generation_kwargs"]["stop_token_ids"] == model.generation_config.eos_token_id
     assert set(options) <= set(GRPOConfig.__dataclass_fields__)
     assert options["vllm_importance_sampling_mode"] == "token_truncate"  # no completion is dropped unseen
     assert options["vllm_max_model_length"] == params.max_prompt_length + params.max_completion_length
-    assert engines.grpo_options(runs.resolve("tiny"), [1]) == {}
+    assert engines.grpo_options(runs.resolve("tiny"), model) == {}
+
+
+def test_the_engine_gets_what_it_needs_and_never_more_than_its_part(machine, monkeypatch):
+    machine(says="81559")
+    params, model = runs.resolve("qwen2.5-math-1.5b"), policies.tiny_model(0)
+    keys_and_values = 32 * 1536 * 2 * 2 * 4 * 24 * 2  # sequences, tokens, key and value, layers, heads, size, bytes
+    needed = 2 * model.num_parameters() + keys_and_values + engines.WORKING_MEMORY
+    assert engines.rollout_bytes(model, params) == needed
+    given = engines.grpo_options(params, model)["vllm_gpu_memory_utilization"]
+    assert given == pytest.approx(needed / (81559 * 2**20), abs=1e-4)
+    monkeypatch.setenv("GRPO_NOISE_GPU_SHARE", "0.05")
+    assert engines.grpo_options(params, model)["vllm_gpu_memory_utilization"] == 0.05 * engines.ROLLOUT_MEMORY
 
 
 HOLD = "from lib import engines; turn = engines.take_turn('vllm'); print('mine', flush=True); input()"
