@@ -209,7 +209,8 @@ def grpo_options(params, model) -> dict:
     return {"use_vllm": True, "vllm_mode": "colocate",
             "vllm_gpu_memory_utilization": min(memory_utilization(), round(rollout_bytes(model, params) / total, 4)),
             "vllm_max_model_length": params.max_prompt_length + params.max_completion_length,
-            "generation_kwargs": {"stop_token_ids": model.generation_config.eos_token_id},
+            # TRL reads token ids only, and making text of each new token would be a part of every decoding step
+            "generation_kwargs": {"stop_token_ids": model.generation_config.eos_token_id, "detokenize": False},
             "vllm_importance_sampling_correction": True, "vllm_importance_sampling_mode": "token_truncate",
             "vllm_importance_sampling_clip_max": 2.0}
 
@@ -224,9 +225,11 @@ def vllm_engine(source: str, params, adapters: int, memory: float = 0.85, **opti
 
     if vllm_on_cpu():  # fp32 as everywhere on a CPU; nothing is compiled
         options = {"dtype": "float32", "enforce_eager": True, "gpu_memory_utilization": 0.2, **options}
+    else:  # by default a graph for each of a hundred batch sizes, with and without an adapter: half a minute
+        options = {"compilation_config": {"cudagraph_capture_sizes": [1, 8, 32, 128, 512]}, **options}
     return LLM(model=source, enable_lora=True, max_lora_rank=served_rank(params.lora_rank), max_loras=1,
-               max_cpu_loras=adapters, seed=0, max_model_len=params.max_prompt_length + params.max_completion_length,
-               **{"gpu_memory_utilization": memory_utilization(memory), "dtype": "bfloat16", **options})
+               max_cpu_loras=adapters, max_num_seqs=512, seed=0,
+               max_model_len=params.max_prompt_length + params.max_completion_length, **{"gpu_memory_utilization": memory_utilization(memory), "dtype": "bfloat16", **options})
 
 
 def vllm_sample(llm, prompts: list[str], max_new_tokens: int, k: int = 1, temperature: float = 1.0, seed: int = 0,
@@ -239,11 +242,13 @@ def vllm_sample(llm, prompts: list[str], max_new_tokens: int, k: int = 1, temper
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
-    how = [SamplingParams(n=k, temperature=temperature, seed=seed + j * k, max_tokens=max_new_tokens,
+    how = [SamplingParams(n=k, temperature=temperature, seed=seed + j * k, max_tokens=max_new_tokens, detokenize=False,
                           stop_token_ids=list(stop_token_ids)) for j in range(len(prompts))]
     request = LoRARequest(str(adapter[0]), adapter[0], str(adapter[1])) if adapter else None
     outputs = llm.generate(prompts, how, lora_request=request, use_tqdm=False)
-    return [[c.text for c in sorted(o.outputs, key=lambda c: c.index)] for o in outputs]
+    ids = [c.token_ids for o in outputs for c in sorted(o.outputs, key=lambda c: c.index)]
+    texts = llm.get_tokenizer().batch_decode(ids, skip_special_tokens=True)
+    return [texts[i:i + k] for i in range(0, len(texts), k)]
 
 
 def vllm_logprobs(llm, prompt: str, adapter=None) -> list[float]:
