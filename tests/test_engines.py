@@ -84,8 +84,9 @@ def test_a_rank_above_the_engines_limit_is_refused_before_anything_is_loaded():
         runs.resolve("tiny", lora_rank=513, engine="vllm")
 
 
-@pytest.mark.parametrize("given, words", [({"top_p": 0.9}, "set top_p=1"), ({"engine": "unsloth", "loss_type": "bnpo"},
-                                                                            "choose another loss or another engine")])
+@pytest.mark.parametrize("given, words", [
+    ({"engine": "vllm", "top_p": 0.9}, "set top_p=1"),
+    ({"engine": "unsloth", "loss_type": "bnpo"}, "choose another loss or another engine")])
 def test_what_an_engine_would_compute_otherwise_is_refused(given, words):
     with pytest.raises(ValueError, match=words):
         runs.resolve("smol", **given)
