@@ -97,7 +97,7 @@ def write_answers(path: Path, tables: Iterable[tuple[str, pd.DataFrame]], run_id
     symbolic, method. The file appears when it is complete.
     """
     labels = dict.fromkeys(("sample_id", "level", "type", "decoding", "method"), "category")
-    labels["run_id"] = pd.CategoricalDtype(sorted(run_ids))  # known before the first row group fixes the file's types
+    names = pd.CategoricalDtype(sorted(run_ids))  # known before the first row group fixes the file's types
 
     def groups() -> Iterator[pd.DataFrame]:
         held = []
@@ -105,7 +105,7 @@ def write_answers(path: Path, tables: Iterable[tuple[str, pd.DataFrame]], run_id
             if held and sum(map(len, held)) + len(table) > rows:
                 yield pd.concat(held, ignore_index=True)
                 held = []
-            held.append(table.assign(run_id=run_id))
+            held.append(table.assign(run_id=pd.Categorical([run_id], dtype=names).repeat(len(table))))
         yield pd.concat(held, ignore_index=True)
 
     part, writer = Path(path).with_suffix(".part"), None
@@ -181,8 +181,8 @@ def pair(clean: pd.DataFrame, noisy: pd.DataFrame) -> tuple[np.ndarray, np.ndarr
 
     The questions must be the same: a partial evaluation is an error, a missing seed is only counted.
     """
-    if set(clean.columns) != set(noisy.columns):
-        only = sorted(set(clean.columns) ^ set(noisy.columns))
+    only = [] if clean.columns.equals(noisy.columns) else list(clean.columns.symmetric_difference(noisy.columns))
+    if only:
         raise ValueError(f"the two arms answered different questions; {len(only)} in one arm only, "
                          f"such as {only[:3]}")
     both = clean.index.intersection(noisy.index)

@@ -24,8 +24,8 @@ import yaml
 STUDY = "scale"
 
 
-def write_workspace(runs: int, seeds: int, questions: int, k: int, steps: int, eval_seed: int = 1234) -> tuple[Path, int]:
-    """Data, an untrained base policy, a study of `runs` runs and their folders in WORK; (study file, rows of answers)."""
+def write_workspace(runs: int, seeds: int, questions: int, k: int, steps: int):
+    """Data, an untrained base policy, a study file of `runs` runs and their folders, all in WORK."""
     from synthetic_study import graded, reward_log
 
     from lib import WORK, data, policies, rewards
@@ -49,27 +49,29 @@ def write_workspace(runs: int, seeds: int, questions: int, k: int, steps: int, e
     practised = np.resize(data.load_split("arithmetic", "train")["sample_id"], steps * prompts)
     difficulty = np.random.default_rng(0).normal(0, 1.3, len(asked))
     identity = policies.weights_hash(policies.load_policy(grid[0])[0])
-    settings = [design.eval_split, k, eval_seed, design.eval_limit, data.data_hash("arithmetic"), identity]  # as in 03
+    settings = [design.eval_split, k, 1234, design.eval_limit, data.data_hash("arithmetic"), identity]  # as in 03_eval
+
+    def keep(run: Path, skill: float, seed: int, *done: str):
+        name = f"eval-{contract.digest([*settings, *done])}.parquet"
+        graded(asked, difficulty + skill, k, np.random.default_rng(seed)).to_parquet(run / name, index=False)
+
     base = WORK / grid[0].output_dir / "runs/base-s0"
     base.mkdir(parents=True)
-    graded(asked, difficulty - 0.8, k, np.random.default_rng(0)).to_parquet(base / f"eval-{contract.digest(settings)}.parquet", index=False)
+    keep(base, -0.8, 0)
     for i, p in enumerate(grid):
         p.folder.mkdir(parents=True)
         (p.folder / "DONE").write_text(f"{i:064x}\n")
         (p.folder / "params.json").write_text(json.dumps(p.model_dump()))
         (p.folder / "provenance.json").write_text(json.dumps({"policy_hash": identity, "steps": steps}))
-        rng = np.random.default_rng(i)
-        skill = -0.8 + 3.2 * max(p.channel.J, 0) ** 0.5 + rng.normal(0, 0.12)
-        file_name = f"eval-{contract.digest([*settings, (p.folder / 'DONE').read_text()])}.parquet"
-        graded(asked, difficulty + skill, k, rng).to_parquet(p.folder / file_name, index=False)
+        keep(p.folder, -0.8 + 3.2 * max(p.channel.J, 0) ** 0.5, i, (p.folder / "DONE").read_text())
         log, _ = reward_log(p.channel, p.noise_seed, steps, p.num_generations, prompts, practised)
-        log["returned"], log["changed"] = log["observed_reward"], log["observed_reward"] != log["verdict"]
-        log = log.assign(completion_tokens=4, grader="exact")
-        pq.write_table(pa.Table.from_pandas(log, rewards.LOG_SCHEMA, preserve_index=False), p.folder / "rewards.parquet")
-        by_step = log.groupby("step")[["true_reward", "observed_reward"]].mean()
-        pd.DataFrame({"step": by_step.index + 1, "clean_mean": by_step["true_reward"].to_numpy(),
-                      "observed_mean": by_step["observed_reward"].to_numpy()}).to_parquet(p.folder / "metrics.parquet")
-    return file, (len(grid) + 1) * questions * (k + 1)
+        log = log.assign(returned=log["observed_reward"], changed=log["observed_reward"] != log["verdict"],
+                         completion_tokens=4, grader="exact")
+        table = pa.Table.from_pandas(log, rewards.LOG_SCHEMA, preserve_index=False)
+        pq.write_table(table, p.folder / "rewards.parquet")
+        means = log.groupby("step", as_index=False)[["true_reward", "observed_reward"]].mean()
+        means.columns = ["step", "clean_mean", "observed_mean"]
+        means.to_parquet(p.folder / "metrics.parquet")
 
 
 def watch(found: list, stop: threading.Event):
@@ -87,7 +89,7 @@ def watch(found: list, stop: threading.Event):
 
 
 def execute(name: str, folder: Path, **parameters) -> pd.DataFrame:
-    """Execute a notebook into `folder`; a row a code cell: notebook, cell, seconds, CPU seconds, GiB (the most so far)."""
+    """Execute a notebook into `folder`; a row a code cell: notebook, cell, seconds, CPU s, GiB (the most so far)."""
     import papermill
 
     from lib import ROOT
@@ -113,24 +115,30 @@ def execute(name: str, folder: Path, **parameters) -> pd.DataFrame:
 
 
 def main() -> int:
-    """Make the study, execute the notebooks, print a table of cells; 1 if it takes longer or more than allowed."""
+    """Make the study, execute both notebooks, print a row a cell; 1 if tables and analysis take more than allowed."""
     parser = argparse.ArgumentParser(prog="make scale", description=__doc__.splitlines()[0])
     for name, default in (("runs", 1000), ("seeds", 10), ("questions", 5000), ("samples", 4), ("steps", 150)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--folder", help="where to make the study, and keep it; a temporary folder if not given")
+    parser.add_argument("--folder", help="where the study is made and kept, to repeat with it; temporary if not given")
+    parser.add_argument("--max-seconds", type=float, default=180, help="of the tables of 03_eval and of 04_analysis")
+    parser.add_argument("--max-gib", type=float, default=4)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         os.environ["GRPO_NOISE_WORK"] = work = args.folder or temporary
-        start = time.time()
-        if not (Path(work) / f"{STUDY}.yaml").exists():
+        study = Path(work) / f"{STUDY}.yaml"
+        if not study.exists():
             write_workspace(args.runs, args.seeds, args.questions, args.samples, args.steps)
-            print(f"made in {time.time() - start:.0f} s")
-        folder, study = Path(work) / "outputs" / STUDY, str(Path(work) / f"{STUDY}.yaml")
-        cells = pd.concat([execute("03_eval", folder, study=study), execute("04_analysis", folder, study=STUDY)])
-    cells = cells.round({"seconds": 1, "CPU s": 1, "GiB": 2})
-    print(cells[cells["seconds"] >= 0.5].to_string(index=False))
-    print(cells.groupby("notebook").agg({"seconds": "sum", "CPU s": "sum", "GiB": "max"}))
-    return 0
+        folder = Path(work) / "outputs" / STUDY
+        cells = pd.concat([execute("03_eval", folder, study=str(study)), execute("04_analysis", folder, study=STUDY)])
+    asked = cells["notebook"].eq("04_analysis") | cells["cell"].isin(["tables", "summary"])
+    total = cells[asked].agg({"seconds": "sum", "CPU s": "sum", "GiB": "max"})
+    print(cells[cells["CPU s"] >= 0.5].round(2).to_string(index=False))
+    rest = cells[~asked].sum(numeric_only=True)
+    for what, part in (("the rest of 03_eval: start, replay of the noise, signals", rest),
+                       ("the tables of 03_eval and all of 04_analysis", total)):
+        print(f"{part['seconds']:.0f} s, {part['CPU s']:.0f} s of CPU: {what}")
+    print(f"{total['GiB']:.2f} GiB at most")
+    return int(total["seconds"] > args.max_seconds or total["GiB"] > args.max_gib)
 
 
 if __name__ == "__main__":
