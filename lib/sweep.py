@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -181,11 +182,22 @@ def connected(address: str | None):
     if address:
         environment = {"working_dir": str(ROOT), "excludes": ["/*", "!/lib", "!/notebooks", "!/params", "__pycache__"],
                        "env_vars": {"GRPO_NOISE_COMMIT": json.dumps(runs.commit())}}
-    try:
-        ray.init(address=address or "local", include_dashboard=False if not address else None, log_to_driver=False,
-                 logging_level="error", runtime_env=environment)
-    except ConnectionError as e:
-        raise ConnectionError(f"--address {address}: no Ray cluster answers there ({str(e).splitlines()[0]})") from None
+    if address and address.rpartition(":")[2].isdigit() and "//" not in address:  # Ray itself takes minutes to say so
+        try:
+            socket.create_connection(address.rsplit(":", 1), timeout=10).close()
+        except OSError as e:
+            raise ConnectionError(f"--address {address}: no Ray cluster answers ({e})") from None
+    for tries in (2, 1, 0):
+        try:
+            ray.init(address=address or "local", include_dashboard=None if address else False, log_to_driver=False,
+                     logging_level="error", runtime_env=environment)
+            break
+        except ConnectionError as e:
+            raise ConnectionError(f"--address {address}: no Ray cluster answers ({str(e).splitlines()[0]})") from None
+        except Exception as e:  # Ray gives its own processes 30 s to start, which a busy machine may exceed
+            ray.shutdown()
+            if not tries or "timed out" not in str(e):
+                raise RuntimeError(f"Ray did not start: {e}") from None
     try:
         yield ray
     finally:
