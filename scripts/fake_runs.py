@@ -61,7 +61,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     work = args.folder.resolve()
     if "GRPO_NOISE_WORK" not in os.environ:  # lib reads it when it is imported
-        work.mkdir(parents=True)
+        work.mkdir(parents=True, exist_ok=True)
         sys.exit(subprocess.call([sys.executable, *sys.argv], env=os.environ | {
             "GRPO_NOISE_WORK": str(work), "PYTHONPATH": str(ROOT)}))
     make_inputs()

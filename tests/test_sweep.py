@@ -140,7 +140,7 @@ def test_a_claim_is_seen_by_others_and_ends_with_its_process(tmp_path):
 def test_an_address_where_nothing_answers_is_refused_at_once(work):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        began, process = time.time(), command(work, work / "two.yaml", "--address", "127.0.0.1:%d" % s.getsockname()[1])
+        began, process = time.time(), command(work, work / "two.yaml", "--address", f"127.0.0.1:{s.getsockname()[1]}")
         assert process.wait(60) == 2 and "no Ray cluster answers" in process.stderr.read()
     assert time.time() - began < 40
 
