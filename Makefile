@@ -12,7 +12,7 @@ LOCK := requirements/$(if $(GPU),gpu,cpu).txt
 READY := $(VENV)/.ready-$(if $(GPU),gpu,cpu)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: study test test-vllm scale lab lock clean setup
+.PHONY: study test test-vllm scale lab lock clean setup scale-sweep
 .DEFAULT_GOAL := study
 
 study: setup
@@ -36,6 +36,13 @@ test-vllm: .venv-vllm/.ready
 # Evaluation tables and analysis of 1,000 runs on 5,000 questions: seconds and memory a cell. OPTIONS="--runs 100".
 scale: setup
 	@$(BIN)/python tests/scale.py $(OPTIONS)
+
+# 10,000 cells of which all but one are finished: seconds to plan, and until the last one has begun and is done.
+scale-sweep: SHELL := bash
+scale-sweep: setup
+	@folder=$$(mktemp -d) && $(BIN)/python scripts/fake_runs.py $$folder && export GRPO_NOISE_WORK=$$folder && \
+	  time $(BIN)/python -m lib.sweep $$folder/study.yaml --dry-run | tail -n 1 && \
+	  time $(BIN)/python -m lib.sweep $$folder/study.yaml && rm -rf $$folder
 
 lab: setup
 	@$(BIN)/jupyter lab notebooks

@@ -167,7 +167,7 @@ class Study(BaseModel):
 
     def arm_and_reference(self, params: Params) -> tuple[str, str]:
         """What tables call the arm of a run, and the arm that it is compared with."""
-        return self.names.get(run_id(params), (describe(params)[0], "clean"))
+        return (self.names and self.names.get(run_id(params))) or (describe(params)[0], "clean")
 
 
 # --- from names to parameters -----------------------------------------------------------------------------------
@@ -250,10 +250,17 @@ def resolve(profile: str = "tiny", use_selected: bool = False, **given) -> Param
 
     None means "as the profile says". noise_seed defaults to seed. Raises ValueError naming every bad parameter.
     """
+    return _with_defaults(_defaults(profile, use_selected), profile, given)
+
+
+def _defaults(profile: str, use_selected: bool) -> dict[str, Any]:
+    """What a profile and, if asked for, the hyperparameter study's choice say. Reads two files."""
     values, _ = load_yaml(PROFILES, profile, "profile")
-    if use_selected:
-        values |= selected(profile)
-    values |= {k: v for k, v in given.items() if v is not None}
+    return values | (selected(profile) if use_selected else {})
+
+
+def _with_defaults(defaults: dict[str, Any], profile: str, given: dict[str, Any]) -> Params:
+    values = defaults | {k: v for k, v in given.items() if v is not None}
     values.setdefault("noise_seed", values.get("seed", 0))
     return _check(Params, values | {"profile": profile}, f"profile {profile}")
 
@@ -295,7 +302,7 @@ def load_study(name: str, profile: str) -> tuple[Study, list[Params]]:
     bases = itertools.cycle(study.base_seeds)
     replicates = (list(itertools.product(study.base_seeds, study.seeds)) if study.cross_base_seeds else
                   [(next(bases), seed) for seed in study.seeds])
-    runs, names = [], {}
+    runs, names, defaults = [], {}, _defaults(profile, study.use_selected)  # read once, not once a cell
     for i, arm in enumerate(study.arms):
         cells = {**study.fixed, **arm}
         templates = [cells.pop("name", None), cells.pop("reference", study.reference)]
@@ -305,8 +312,8 @@ def load_study(name: str, profile: str) -> tuple[Study, list[Params]]:
             raise ValueError(f"{path.name}, arm {i + 1}: {empty[0]} is an empty list, so the arm has no run")
         for (base_seed, seed), *values in itertools.product(replicates, *lists.values()):
             try:
-                runs.append(resolve(profile, study.use_selected, **dict(zip(lists, values, strict=True)),
-                                    seed=seed, base_seed=base_seed, output_dir=output_dir))
+                given = dict(zip(lists, values, strict=True), seed=seed, base_seed=base_seed, output_dir=output_dir)
+                runs.append(_with_defaults(defaults, profile, given))
                 if templates[0]:
                     names[run_id(runs[-1])] = tuple(t.format(**runs[-1].model_dump()) for t in templates)
             except KeyError as e:
@@ -329,7 +336,7 @@ def load_study(name: str, profile: str) -> tuple[Study, list[Params]]:
 
 def describe(params: Params | dict) -> tuple[str, str, float]:
     """(arm, channel, rate) as tables and figures name them, such as ("flip 0.2", "flip", 0.2)."""
-    p = params if isinstance(params, dict) else params.model_dump()
+    p = params if isinstance(params, dict) else vars(params)
     named = [("flip", p["label_flip_rate"]), ("mask", p["mask_rate"]), ("abstain", p["abstain_rate"])]
     a, b = p["false_positive_rate"], p["false_negative_rate"]
     if a and b:
@@ -476,10 +483,6 @@ def steps_in(params: Params, problems: int) -> int:
 
 def provenance(**more) -> dict[str, Any]:
     """Commit, versions, machine and whatever the run adds. No user name, host name or path."""
-    def git(*args):
-        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
     versions = {}
     for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "ray", "papermill", "math-verify",
                  "numpy", "vllm", "unsloth"):
@@ -487,10 +490,24 @@ def provenance(**more) -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
+    return {**commit(), "python": platform.python_version(), "versions": versions, "cpu": cpu_name(),
+            "cores": os.cpu_count(), "gpu": gpu_name(), **more}
+
+
+def commit() -> dict[str, Any]:
+    """The commit of this code, and whether tracked files differ from it: None where it is not a git checkout.
+
+    On a node of a cluster the code came through Ray, and the sweep says what it was.
+    """
+    if "GRPO_NOISE_COMMIT" in os.environ:
+        return json.loads(os.environ["GRPO_NOISE_COMMIT"])
+
+    def git(*args):
+        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!outputs")
-    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": None if changed is None else bool(changed),
-            "python": platform.python_version(), "versions": versions, "cpu": cpu_name(), "cores": os.cpu_count(),
-            "gpu": gpu_name(), **more}
+    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": None if changed is None else bool(changed)}
 
 
 def cpu_name() -> str:
