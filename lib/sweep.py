@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +20,7 @@ from rich.table import Table
 from lib import BUILT_HERE, data, engines, runs
 
 NO_RETRY = ("ValueError", "FileNotFoundError")  # the same parameters would fail in the same way
+DISK_FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
 
 
 def execute(params: dict, gpu_share: float = 0) -> dict:
@@ -41,7 +43,11 @@ def execute(params: dict, gpu_share: float = 0) -> dict:
         message, retry = f"{type(e).__name__}: {e}", True
     if any(words in message for words in engines.OUT_OF_MEMORY):
         message, retry = f"{message.splitlines()[0][:200]} ... {engines.ADVICE}", False
-    runs.write_atomically(folder / "FAILED", message + "\n")
+    if any(words in message for words in DISK_FULL):
+        message, retry = (f"{message.splitlines()[0][:200]}, in {data.shown(folder)}. Make room and start again: the "
+                          "run goes on from its last checkpoint"), False
+    with suppress(OSError):  # there may be no room for this either
+        runs.write_atomically(folder / "FAILED", message + "\n")
     return {"status": "failed", "message": message, "retry": retry}
 
 
@@ -53,7 +59,7 @@ def reuse(params: runs.Params) -> bool:
     if params.model not in BUILT_HERE or runs.status(params.folder) == "running":
         return False
     for done in runs.OUTPUTS.glob(f"*/runs/{runs.run_id(params)}/DONE"):
-        if done.parent != params.folder and not stale(done.parent, params):
+        if done.parent != params.folder and runs.status(done.parent) == "done" and not stale(done.parent, params):
             part = params.folder.with_name(params.folder.name + ".part")
             shutil.rmtree(part, ignore_errors=True)
             shutil.copytree(done.parent, part, copy_function=os.link, ignore=shutil.ignore_patterns(".lock"))
@@ -98,6 +104,9 @@ def run_grid(grid: list[runs.Params], address: str | None = None, cpus_per_run: 
             raise ValueError(f"{runs.run_id(p)} was trained from another {changed} than the one that is there now: "
                              f"restore it, or delete {p.output_dir}/runs to run the study again")
     todo = [p for p in grid if runs.status(p.folder) != "done"]
+    for p in todo:
+        if runs.status(p.folder) == "damaged":
+            console.print(f"{runs.run_id(p)} was done, but {runs.damage(p.folder)}. It goes on from what is whole.")
     reused = [p for p in todo if reuse(p)]
     todo = [p for p in todo if p not in reused]
     if reused:
@@ -117,7 +126,7 @@ def run_grid(grid: list[runs.Params], address: str | None = None, cpus_per_run: 
             ray.shutdown()
             raise ValueError(f"--{what.lower()}s-per-run {each:g}: there are {has.get(what, 0):g} {what}s here")
     slots = max(1, int(min((has[what] / each for what, each in needs.items() if each), default=len(todo))))
-    began, took, failed, tries = time.time(), [], {}, {}
+    began, took, failed, tries = time.monotonic(), [], {}, {}
     waiting, running = list(todo), {}
     try:
         with Live(console=console, refresh_per_second=2, transient=True) as live:
@@ -125,7 +134,7 @@ def run_grid(grid: list[runs.Params], address: str | None = None, cpus_per_run: 
                 while waiting and len(running) < slots:
                     p = waiting.pop(0)
                     tries[runs.run_id(p)] = tries.get(runs.run_id(p), 0) + 1
-                    running[task.remote(p.model_dump(), gpus_per_run)] = (p, time.time())
+                    running[task.remote(p.model_dump(), gpus_per_run)] = (p, time.monotonic())
                     board[runs.run_id(p)] = "running"
                 live.update(progress(board, took, len(waiting) + len(running), slots, began))
                 ready, _ = ray.wait(list(running), timeout=1)
@@ -140,7 +149,7 @@ def run_grid(grid: list[runs.Params], address: str | None = None, cpus_per_run: 
                         waiting.append(p)
                         board[name] = "waiting"
                         continue
-                    took.append(time.time() - since)
+                    took.append(time.monotonic() - since)
                     board[name] = result["status"]
                     if result["status"] == "failed":
                         failed[name] = result["message"]
@@ -148,7 +157,7 @@ def run_grid(grid: list[runs.Params], address: str | None = None, cpus_per_run: 
                     console.print(f"{done:4}/{len(grid)} done  {name}  {result['status']}  {took[-1]:.0f} s")
     finally:
         ray.shutdown()
-    console.print(f"{len(took)} runs in {time.time() - began:.0f} s, {slots} at a time")
+    console.print(f"{len(took)} runs in {time.monotonic() - began:.0f} s, {slots} at a time")
     return failed
 
 
@@ -157,7 +166,7 @@ def progress(board: dict[str, str], took: list[float], left: int, slots: int, be
     count = {s: sum(v == s for v in board.values()) for s in ("done", "running", "failed", "waiting")}
     eta = f"{sum(took) / len(took) * left / slots / 60:.0f} min" if took else "?"
     table = Table(*count, "elapsed", "left (estimate)")
-    table.add_row(*map(str, count.values()), f"{(time.time() - began) / 60:.0f} min", eta)
+    table.add_row(*map(str, count.values()), f"{(time.monotonic() - began) / 60:.0f} min", eta)
     return table
 
 
