@@ -504,7 +504,7 @@ def begin(folder: Path, params: Params, **identity: str) -> tuple[dict[str, Any]
         raise ValueError(f"{folder.name} began with another {' and another '.join(c[:-5] for c in changed)} (hash "
                          f"{before.get(changed[0])}, now {identity[changed[0]]}): restore it, or delete the folder of "
                          "the run to start again")
-    if (folder / "DONE").exists():
+    if (folder / "DONE").exists() and damage(folder):
         mended.append(f"it was done, but {damage(folder)}")
     if (folder / SUMS).exists() and "rewards.parquet" in unsealed(folder):
         (folder / "rewards.parquet").unlink(missing_ok=True)
