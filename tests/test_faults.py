@@ -24,9 +24,9 @@ NOT_COMPARED = ("seconds/", "train_runtime", "train_samples_per_second", "train_
 
 @pytest.fixture(scope="module")
 def whole(workspace):
-    """The folder of a finished run that was left alone; its checkpoints at steps 8 and 10 are still there."""
-    papermill(workspace, "02_train", workspace / "whole.ipynb", output_dir="outputs/reference", **SETTINGS)
-    return next((workspace / "outputs/reference/runs").iterdir())
+    """The folder of a finished run that was left alone, where no sweep takes it over; checkpoints at steps 8 and 10."""
+    papermill(workspace, "02_train", workspace / "whole.ipynb", output_dir="reference", **SETTINGS)
+    return next((workspace / "reference/runs").iterdir())
 
 
 @pytest.fixture
