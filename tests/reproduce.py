@@ -1,7 +1,7 @@
 """One study twice: `make reproduce`. The second time with its cells in another order and at another parallelism.
 
-Both start from nothing, so data and base policies are made twice too. Then all tables are compared, value by value; of
-the metrics only what measures time is left out. The exit status is 1 if anything differs.
+Both start from nothing, so data and base policies are made twice too (--same-inputs saves that). Then all tables are
+compared, value by value; of the metrics only what measures time is left out. The exit status is 1 if anything differs.
 """
 
 import argparse
@@ -68,23 +68,27 @@ def compare(first: Path, second: Path) -> list[str]:
 def main() -> int:
     """Run twice, compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", nargs="?", default="tiny")
+    parser.add_argument("study", nargs="?", default="tiny", help="name or file of a study")
     parser.add_argument("--profile", default="tiny")
     parser.add_argument("--max-steps", type=int, help="shorten every run, for a quick answer")
+    parser.add_argument("--same-inputs", action="store_true", help="share the data and base policies that are here")
     args = parser.parse_args()
     root, folders = Path(tempfile.mkdtemp(prefix="reproduce")), []
     for turn, at_once in (("first", os.cpu_count()), ("second", 1)):
         work = root / turn
         work.mkdir()
-        write_study(args.study, args.profile, work / f"{args.study}.yaml", args.max_steps, turn == "second")
+        for name in ("data", "models") if args.same_inputs else ():
+            (work / name).symlink_to(runs.WORK / name)
+        study = work / f"{Path(args.study).stem}.yaml"
+        write_study(args.study, args.profile, study, args.max_steps, backwards=turn == "second")
         print(f"{turn}: {at_once} runs at a time{', cells in reverse' if turn == 'second' else ''}", flush=True)
-        done = subprocess.run([sys.executable, "-m", "lib.study", work / f"{args.study}.yaml", "--profile",
-                               args.profile, "--cpus-per-run", str(os.cpu_count() // at_once)], cwd=ROOT,
+        done = subprocess.run([sys.executable, "-m", "lib.study", study, "--profile", args.profile,
+                               "--cpus-per-run", str(os.cpu_count() // at_once)], cwd=ROOT,
                               env=os.environ | {"GRPO_NOISE_WORK": str(work)}, capture_output=True, text=True)
         if done.returncode:
             print(f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}\nsee {work}")
             return 2
-        folders.append(work / "outputs" / runs.study_folder_name(args.study, args.profile))
+        folders.append(work / "outputs" / runs.study_folder_name(study.stem, args.profile))
     different = compare(*folders)
     print(f"{', '.join(different)} differ: see {root}" if different else "The two studies are identical.")
     if not different:
