@@ -403,14 +403,19 @@ def damage(folder: Path) -> str | None:
 
     Runs that finished before there were sums are judged by the hash of the adapter, which DONE holds.
     """
-    params = _read_params(folder)
-    if params and run_id(params) != folder.name:
-        return f"params.json is that of {run_id(params)}"
+    if stranger(folder):
+        return f"params.json is that of {stranger(folder)}"
     wrong = unsealed(folder) if (folder / SUMS).exists() else []
     wrong = wrong or [name for name in ("params.json", "provenance.json") if not _read_json(folder / name)]
     if not wrong and (folder / "DONE").read_text(errors="replace").strip() != adapter_hash(folder):
         wrong = ["DONE or adapter/adapter_model.safetensors"]
     return f"{', '.join(wrong)}: missing, cut off or changed" if wrong else None
+
+
+def stranger(folder: Path) -> str | None:
+    """The run whose params.json the folder holds, if it is not the one that the folder is named after."""
+    there = _read_params(folder)
+    return run_id(there) if there and run_id(there) != folder.name else None
 
 
 def _sha256(path: Path) -> str:
@@ -519,8 +524,8 @@ def begin(folder: Path, params: Params, **identity: str) -> tuple[dict[str, Any]
         print(f"{folder.name}: {'; '.join(mended)}. Going on from step {resumed_from}.")
     for file in ("DONE", SUMS, "metrics.parquet"):  # deleted, not overwritten: another study may hold a link to them
         (folder / file).unlink(missing_ok=True)
-    for later in (folder / "adapter", *(p for p in _checkpoints(folder) if _step(p) > resumed_from)):
-        shutil.rmtree(later, ignore_errors=True)
+    for later in [*folder.glob("adapter"), *(p for p in _checkpoints(folder) if _step(p) > resumed_from)]:
+        shutil.rmtree(later)
     drop_steps_from(folder / "rewards", resumed_from)
     record = provenance(**identity, seeds=params.model_dump(include={"seed", "noise_seed", "base_seed"}),
                         resumed_from=before["resumed_from"] + ([resumed_from] if resumed_from else []),

@@ -56,7 +56,7 @@ def reuse(params: runs.Params) -> bool:
 
     Only for policies that were built here, whose hash is known without loading them. Files are hard links.
     """
-    if params.model not in BUILT_HERE or runs.status(params.folder) == "running":
+    if params.model not in BUILT_HERE or runs.status(params.folder) == "running" or runs.stranger(params.folder):
         return False
     for done in runs.OUTPUTS.glob(f"*/runs/{runs.run_id(params)}/DONE"):
         if done.parent != params.folder and runs.status(done.parent) == "done" and not stale(done.parent, params):
@@ -106,7 +106,7 @@ def run_grid(grid: list[runs.Params], address: str | None = None, cpus_per_run: 
     todo = [p for p in grid if runs.status(p.folder) != "done"]
     for p in todo:
         if runs.status(p.folder) == "damaged":
-            console.print(f"{runs.run_id(p)} was done, but {runs.damage(p.folder)}. It goes on from what is whole.")
+            console.print(f"{runs.run_id(p)} was done, but {runs.damage(p.folder)}: it is started again.")
     reused = [p for p in todo if reuse(p)]
     todo = [p for p in todo if p not in reused]
     if reused:

@@ -199,6 +199,7 @@ def test_a_run_mended_from_an_older_checkpoint_ends_in_the_same_weights(workspac
 def test_a_finished_run_under_another_name_is_not_that_run(copy, begin):
     other = runs.resolve("tiny", **SETTINGS | {"label_flip_rate": 0.2})
     renamed = copy.rename(copy.with_name(runs.run_id(other)))
+    assert runs.stranger(renamed) == copy.name
     assert runs.status(renamed) == "damaged" and copy.name in runs.damage(renamed)
     before = {p: p.read_bytes() for p in renamed.rglob("*") if p.is_file()}
     with pytest.raises(ValueError, match=f"{renamed.name} holds the params.json of {copy.name}: it was copied"):
