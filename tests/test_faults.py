@@ -246,11 +246,19 @@ def wait_for(found, process):
     return there
 
 
-def test_kill_9_of_the_ray_worker_and_then_of_the_sweep(workspace, whole):
+@pytest.fixture
+def apart(workspace, tmp_path):
+    """A workspace with the same data and base policy in which no finished run can be taken over."""
+    for name in ("data", "models"):
+        (tmp_path / name).symlink_to(workspace / name)
+    return tmp_path
+
+
+def test_kill_9_of_the_ray_worker_and_then_of_the_sweep(apart, whole):
     """Both in one study: the sweep starts the run again after the first, the same command after the second."""
-    (workspace / "kills.yaml").write_text(STUDY)
-    folder = workspace / "outputs/kills/runs" / whole.name
-    driver = sweep(workspace, "kills")
+    (apart / "kills.yaml").write_text(STUDY)
+    folder = apart / "outputs/kills/runs" / whole.name
+    driver = sweep(apart, "kills")
     wait_for((folder / "rewards/step-000003.parquet").exists, driver)
     below = psutil.Process(driver.pid).children(recursive=True)
     worker = next(p for p in below if "ipykernel" in " ".join(p.cmdline())).parent()
@@ -262,7 +270,7 @@ def test_kill_9_of_the_ray_worker_and_then_of_the_sweep(workspace, whole):
     driver.communicate()
     assert not psutil.wait_procs(started, timeout=20)[1]  # neither Ray nor a kernel outlives the sweep
     assert runs.status(folder) == "interrupted"
-    again = sweep(workspace, "kills")
+    again = sweep(apart, "kills")
     out, err = again.communicate()
     assert again.returncode == 0, err
     assert f"{whole.name}  done" in out
