@@ -12,7 +12,7 @@ LOCK := requirements/$(if $(GPU),gpu,cpu).txt
 READY := $(VENV)/.ready-$(if $(GPU),gpu,cpu)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: study test test-vllm scale lab lock clean setup scale-sweep
+.PHONY: study test test-vllm scale lab lock clean setup scale-sweep soak reproduce
 .DEFAULT_GOAL := study
 
 study: setup
@@ -43,6 +43,15 @@ scale-sweep: setup
 	@folder=$$(mktemp -d) && $(BIN)/python scripts/fake_runs.py $$folder && export GRPO_NOISE_WORK=$$folder && \
 	  time $(BIN)/python -m lib.sweep $$folder/study.yaml --dry-run | tail -n 1 && \
 	  time $(BIN)/python -m lib.sweep $$folder/study.yaml && rm -rf $$folder
+
+# Many short runs under one sweep: what grows, what is left behind? RUNS=30 for a short answer.
+RUNS ?= 200
+soak: setup
+	@$(BIN)/python tests/soak.py --runs $(RUNS) $(OPTIONS)
+
+# One study twice, in another order and at another parallelism: are all tables identical? MAX_STEPS=6 for a short answer.
+reproduce: setup
+	@$(BIN)/python tests/reproduce.py $(STUDY) --profile $(PROFILE) $(if $(MAX_STEPS),--max-steps $(MAX_STEPS))
 
 lab: setup
 	@$(BIN)/jupyter lab notebooks

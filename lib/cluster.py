@@ -11,6 +11,7 @@ import os
 import shutil
 import tarfile
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -19,6 +20,7 @@ from lib import BUILT_HERE, ROOT, WORK, data, engines, runs
 
 CHUNK = 16 * 2**20  # bytes of an archive that a process holds at once
 NO_RETRY = ("ValueError", "FileNotFoundError")  # the same parameters would fail in the same way
+DISK_FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
 
 
 def execute(params: dict, gpu_share: float = 0, site: dict | None = None) -> dict:
@@ -69,7 +71,11 @@ def _papermill(params: dict, folder: Path, gpu_share: float) -> dict:
         message, retry = f"{type(e).__name__}: {e}", True
     if any(words in message for words in engines.OUT_OF_MEMORY):
         message, retry = f"{message.splitlines()[0][:200]} ... {engines.ADVICE}", False
-    runs.write_atomically(folder / "FAILED", message + "\n")
+    if any(words in message for words in DISK_FULL):
+        message, retry = (f"{message.splitlines()[0][:200]}, in {data.shown(folder)}. Make room and start again: the "
+                          "run goes on from its last checkpoint"), False
+    with suppress(OSError):  # there may be no room for this either
+        runs.write_atomically(folder / "FAILED", message + "\n")
     return {"status": "failed", "message": message, "retry": retry}
 
 

@@ -24,13 +24,13 @@ def execute(notebook: str, folder: Path, console: Console, name: str | None = No
 
     target = folder / f"{name or notebook}.ipynb"
     folder.mkdir(parents=True, exist_ok=True)
-    began = time.time()
+    began = time.monotonic()
     try:
         papermill.execute_notebook(f"notebooks/{notebook}.ipynb", os.path.relpath(target), parameters,
                                    kernel_name="python3", progress_bar=False, cwd=str(ROOT))
     except papermill.PapermillExecutionError as e:
         raise RuntimeError(f"{notebook} stopped: {e.ename}: {e.evalue}\nsee {data.shown(target)}") from None
-    console.print(f"{notebook}: {time.time() - began:.0f} s")
+    console.print(f"{notebook}: {time.monotonic() - began:.0f} s")
 
 
 def prepare(grid: list[runs.Params], folder: Path, console: Console) -> None:

@@ -90,7 +90,7 @@ def stale(folder: Path, identity: dict[str, str]) -> str | None:
 def reuse(folder: Path, elsewhere: list[Path], identity: dict[str, str]) -> bool:
     """Take over the same finished run from another study: same parameters, policy and data. Files are hard links."""
     for done in elsewhere:
-        if done != folder and not stale(done, identity):
+        if done != folder and runs.status(done) == "done" and not stale(done, identity):
             part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
             shutil.rmtree(part, ignore_errors=True)
             shutil.copytree(done, part, copy_function=os.link, ignore=shutil.ignore_patterns(".lock"))
@@ -135,6 +135,8 @@ def run_grid(grid: list[runs.Params], address: str | None = None, cpus_per_run: 
         if changed:
             raise ValueError(f"{name} was trained from another {changed} than the one that is there now: "
                              f"restore it, or delete {grid[0].output_dir}/runs to run the study again")
+    for name in [n for n, s in board.items() if s == "damaged"]:
+        console.print(f"{name} was done, but {runs.damage(study_runs / name)}: it is started again.")
     (study_runs / CLAIMS).parent.mkdir(parents=True, exist_ok=True)
     with open(study_runs / CLAIMS, "a") as file:
         todo = [name for name, s in board.items() if s != "done"]
@@ -163,7 +165,7 @@ def take_over(todo: list[str], cells: dict[str, runs.Params], identity: dict, st
     taken = []
     for name, elsewhere in found.items():
         if claim(file, name):
-            if runs.status(study_runs / name) not in ("running", "done"):
+            if runs.status(study_runs / name) not in ("running", "done") and not runs.stranger(study_runs / name):
                 taken += [name] * reuse(study_runs / name, elsewhere, identity[inputs_of(cells[name])])
             claim(file, name, fcntl.LOCK_UN)
     return taken
@@ -235,7 +237,7 @@ class Sweep:
         self.console, self.max_retries = console, max_retries
         self.waiting = deque(name for name, s in board.items() if s == "waiting")
         self.running, self.tries, self.took, self.clean, self.failed = {}, Counter(), [], [], {}
-        self.site, self.inputs, self.looked, self.began = None, None, 0.0, time.time()
+        self.site, self.inputs, self.looked, self.began = None, None, 0.0, time.monotonic()
 
     def work(self, ray, stop: list, address: str | None, needs: dict[str, float]):
         """Keep as many tasks running as there is room for, until no cell is left or `stop` is filled."""
@@ -253,7 +255,7 @@ class Sweep:
                     slots = room(ray, needs)
                     while self.waiting and len(self.running) < slots:
                         self.start(task, self.waiting.popleft())
-                    if time.time() - self.looked > LOOK_AGAIN:
+                    if time.monotonic() - self.looked > LOOK_AGAIN:
                         self.look_elsewhere()
                     live.update(progress(self.board, self.took, self.clean, slots, self.began))
                     ready = ray.wait(list(self.running), timeout=1)[0] if self.running else time.sleep(0.5)
@@ -263,7 +265,7 @@ class Sweep:
                 self.stop()
         finally:
             marker.unlink(missing_ok=True)
-        self.console.print(f"{len(self.took)} runs in {time.time() - self.began:.0f} s, up to {slots} at a time")
+        self.console.print(f"{len(self.took)} runs in {time.monotonic() - self.began:.0f} s, up to {slots} at a time")
 
     def start(self, task, name: str):
         """Submit a run, unless another process has it."""
@@ -278,7 +280,7 @@ class Sweep:
         self.tries[name] += 1
         site = self.site and self.site | {"parcel": self.inputs and (
             self.inputs, cluster.pack({folder: "."}) if now != "missing" else None)}
-        self.running[task.remote(p.model_dump(), self.gpu_share, site)] = name, time.time()
+        self.running[task.remote(p.model_dump(), self.gpu_share, site)] = name, time.monotonic()
         self.board[name] = "running"
 
     def settle(self, ref):
@@ -298,7 +300,7 @@ class Sweep:
             self.waiting.append(name)
             self.board[name] = "waiting"
             return
-        self.took.append(time.time() - since)
+        self.took.append(time.monotonic() - since)
         self.clean += [result["clean"]] if "clean" in result else []
         self.end(name, result["status"], result.get("message", ""), f"{self.took[-1]:.0f} s")
         claim(self.file, name, fcntl.LOCK_UN)
@@ -323,15 +325,15 @@ class Sweep:
             elif now != "running":
                 self.waiting.append(name)
                 self.board[name] = "waiting"
-        self.looked = time.time()
+        self.looked = time.monotonic()
 
     def stop(self):
         """Kill the running tasks and wait until their kernels are gone. KeyboardInterrupt, always."""
         names = [name for name, _ in self.running.values()]
         for ref in self.running:
             self.ray.cancel(ref, force=True)
-        until = time.time() + 10
-        while time.time() < until and any(runs.status(self.study_runs / name) == "running" for name in names):
+        until = time.monotonic() + 10
+        while time.monotonic() < until and any(runs.status(self.study_runs / name) == "running" for name in names):
             time.sleep(0.2)
         count = Counter(self.board.values())
         self.console.print(f"Stopped: {count['done']} of {len(self.board)} runs are done, {count['failed']} failed, "
@@ -360,7 +362,7 @@ def progress(board: dict[str, str], took: list[float], clean: list[float], slots
     eta = f"{sum(took) / len(took) * left / max(1, slots) / 60:.0f} min" if took else "?"
     shown = ("done", "running", "failed", "waiting", *(["elsewhere"] if count["elsewhere"] else []))
     table = Table(*shown, "elapsed", "left (estimate)", "clean reward, mean of these")
-    table.add_row(*(str(count[s]) for s in shown), f"{(time.time() - began) / 60:.0f} min", eta,
+    table.add_row(*(str(count[s]) for s in shown), f"{(time.monotonic() - began) / 60:.0f} min", eta,
                   f"{sum(clean) / len(clean):.3f} ({len(clean)} runs)" if clean else "?")
     return table
 
