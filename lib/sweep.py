@@ -297,6 +297,8 @@ class Sweep:
                 result["status"] == "failed" and result["retry"] and self.tries[name] <= self.max_retries):
             self.waiting.append(name)
             self.board[name] = "waiting"
+            if result["status"] == "failed":
+                self.console.print(f"{name}  is tried again: {result['message'].splitlines()[0][:200]}", markup=False)
             return
         self.took.append(time.time() - since)
         self.clean += [result["clean"]] if "clean" in result else []

@@ -37,12 +37,14 @@ def command(work, *arguments, **env):
                             env=os.environ | {"GRPO_NOISE_WORK": str(work)} | env)
 
 
-def until(condition, process, seconds=150):
+def until(condition, process, seconds=300):
     """Wait until the condition holds; an AssertionError if the process ends or the time is over before."""
     end = time.time() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
-        assert time.time() < end, "it takes too long"
+        if time.time() > end:
+            process.kill()
+            raise AssertionError("it takes too long", process.communicate())
         time.sleep(0.05)
 
 
