@@ -445,7 +445,7 @@ exit status:
 environment:
   GRPO_NOISE_WORK  the workspace: where data/, models/ and outputs/ are (the project). A node of a cluster may have its
                    own, in the environment of `ray start`: then it works there.
-  RAY_AUTH_MODE=token, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH  for a cluster that asks for a token, on every node and here
+  RAY_AUTH_MODE=token, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH  of a cluster that asks for a token
   HF_ENDPOINT, HF_TOKEN  hub of models, on every node that loads one
 """
 
