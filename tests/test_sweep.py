@@ -98,6 +98,11 @@ def test_a_claim_is_seen_by_others_and_ends_with_its_process(tmp_path):
         holder.kill()
         holder.wait()
         assert sweep.claim(file, "a-00000001")
+        look = [sys.executable, "-c", "import sys; from lib import sweep; from pathlib import Path\n"
+                "print(sweep.statuses(['a-00000001'], Path(sys.argv[1])))", str(tmp_path)]
+        assert "running" in subprocess.run(look, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        sweep.release(file, "a-00000001")
+        assert "missing" in subprocess.run(look, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 def test_an_address_where_nothing_answers_is_refused_at_once(work):
