@@ -12,7 +12,7 @@ LOCK := requirements/$(if $(GPU),gpu,cpu).txt
 READY := $(VENV)/.ready-$(if $(GPU),gpu,cpu)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: study test test-vllm scale lab lock clean setup scale-sweep soak reproduce
+.PHONY: study test test-vllm scale lab lock clean setup scale-sweep soak reproduce test-cluster
 .DEFAULT_GOAL := study
 
 study: setup
@@ -36,6 +36,10 @@ test-vllm: .venv-vllm/.ready
 # Evaluation tables and analysis of 1,000 runs on 5,000 questions: seconds and memory a cell. OPTIONS="--runs 100".
 scale: setup
 	@$(BIN)/python tests/scale.py $(OPTIONS)
+
+# Sweeps that are stopped, that meet, and that lose nodes; the submit script with a stand-in for SLURM. Minutes.
+test-cluster: setup
+	@$(BIN)/python -m pytest -q tests/cluster.py
 
 # 10,000 cells of which all but one are finished: seconds to plan, and until the last one has begun and is done.
 scale-sweep: SHELL := bash

@@ -106,13 +106,18 @@ def reuse(folder: Path, elsewhere: list[Path], identity: dict[str, str]) -> bool
 def claim(file, name: str, kind: int = fcntl.LOCK_EX) -> bool:
     """Whether this process now has the run `name` to itself: one byte of the study's file of claims is locked.
 
-    The system frees the byte when the process ends, however it ends. LOCK_UN gives it back.
+    The system frees the byte when the process ends, however it ends.
     """
     try:
         fcntl.lockf(file, kind | fcntl.LOCK_NB, 1, int(name[-8:], 16))
     except (BlockingIOError, PermissionError):
         return False
     return True
+
+
+def release(file, name: str):
+    """Give a claim back."""
+    fcntl.lockf(file, fcntl.LOCK_UN, 1, int(name[-8:], 16))
 
 
 # --- the sweep --------------------------------------------------------------------------------------------------
@@ -167,7 +172,7 @@ def take_over(todo: list[str], cells: dict[str, runs.Params], identity: dict, st
         if claim(file, name):
             if runs.status(study_runs / name) not in ("running", "done") and not runs.stranger(study_runs / name):
                 taken += [name] * reuse(study_runs / name, elsewhere, identity[inputs_of(cells[name])])
-            claim(file, name, fcntl.LOCK_UN)
+            release(file, name)
     return taken
 
 
@@ -275,7 +280,7 @@ class Sweep:
         if now in ("done", "running"):
             self.board[name] = "done" if now == "done" else "elsewhere"
             if mine:
-                claim(self.file, name, fcntl.LOCK_UN)
+                release(self.file, name)
             return
         self.tries[name] += 1
         site = self.site and self.site | {"parcel": self.inputs and (
@@ -299,11 +304,13 @@ class Sweep:
                 result["status"] == "failed" and result["retry"] and self.tries[name] <= self.max_retries):
             self.waiting.append(name)
             self.board[name] = "waiting"
+            if result["status"] == "failed":
+                self.console.print(f"{name}  is tried again: {result['message'].splitlines()[0][:200]}", markup=False)
             return
         self.took.append(time.monotonic() - since)
         self.clean += [result["clean"]] if "clean" in result else []
         self.end(name, result["status"], result.get("message", ""), f"{self.took[-1]:.0f} s")
-        claim(self.file, name, fcntl.LOCK_UN)
+        release(self.file, name)
 
     def end(self, name: str, status: str, message: str, remark: str):
         """Note that a run is done or has failed."""
@@ -319,7 +326,7 @@ class Sweep:
             if not claim(self.file, name):
                 continue
             now, folder = runs.status(self.study_runs / name), self.study_runs / name
-            claim(self.file, name, fcntl.LOCK_UN)
+            release(self.file, name)
             if now in ("done", "failed"):
                 self.end(name, now, (folder / "FAILED").read_text() if now == "failed" else "", "by another process")
             elif now != "running":
@@ -445,7 +452,7 @@ exit status:
 environment:
   GRPO_NOISE_WORK  the workspace: where data/, models/ and outputs/ are (the project). A node of a cluster may have its
                    own, in the environment of `ray start`: then it works there.
-  RAY_AUTH_MODE=token, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH  for a cluster that asks for a token, also on every node
+  RAY_AUTH_MODE=token, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH  of a cluster that asks for a token
   HF_ENDPOINT, HF_TOKEN  hub of models, on every node that loads one
 """
 

@@ -39,8 +39,9 @@ gpus=${SLURM_GPUS_ON_NODE:-0}
 on_node() {  # one step of the job on one node, in the background
   local node=$1
   shift
+  # Tried again where the head is not up yet, or where a busy node exceeds the half minute that Ray gives itself.
   srun --nodes=1 --ntasks=1 --overlap --nodelist="$node" --cpus-per-task="$cpus" \
-    "$BIN/ray" start --block --num-cpus "$cpus" --num-gpus "$gpus" "$@" > "slurm-$SLURM_JOB_ID-$node.log" 2>&1 &
+    bash -c 'for try in 1 2 3 4 5; do "$@" && exit; sleep 3; done; exit 1' _ "$BIN/ray" start --block --num-cpus "$cpus" --num-gpus "$gpus" "$@" > "slurm-$SLURM_JOB_ID-$node.log" 2>&1 &
   steps+=($!)
 }
 
@@ -56,8 +57,8 @@ trap finish EXIT
 stop() { if [ -n "$sweep" ]; then kill -TERM "$sweep" 2>/dev/null || true; else exit 143; fi; }
 trap stop TERM INT
 
-head=$(srun --nodes=1 --ntasks=1 --overlap --nodelist="${nodes[0]}" hostname --ip-address | tr ' ' '\n' | grep -v -e '^127\.' -e : | head -n 1)
-head=${head:-${nodes[0]}}
+# This script runs on the first node. RAY_HEAD_IP names its address where Ray would choose the wrong network.
+head=${RAY_HEAD_IP:-$("$BIN/python" -c 'import ray; print(ray.util.get_node_ip_address())')}
 on_node "${nodes[0]}" --head --node-ip-address "$head" --port "$port" --temp-dir "$tmp"
 for node in "${nodes[@]:1}"; do on_node "$node" --address "$head:$port"; done
 
