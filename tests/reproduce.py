@@ -44,7 +44,7 @@ def table(folder: Path, name: str) -> pd.DataFrame:
     values = read(folder / name)
     values = values.astype({c: str for c in values.select_dtypes("category")})
     if name == "provenance.csv":
-        values = values[["run_id", *HASHES]]
+        values = values.reindex(columns=["run_id", *HASHES])
     values = values[sorted(c for c in values if not c.startswith(TIMES))]
     return values.sort_values(TABLES[name], kind="stable", ignore_index=True)
 

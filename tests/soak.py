@@ -94,6 +94,9 @@ def main() -> int:
         time.sleep(1)
     sweep.wait()
     time.sleep(3)  # a kernel looks once a second whether its parent lives
+    if not list((work / "outputs/soak/runs").glob("*/DONE")):
+        print(f"no run was finished: see {work / 'log'}\n{(work / 'log').read_text()[-2000:]}")
+        return 1
     table = pd.DataFrame(rows)
     table.to_csv(work / "soak.csv", index=False)
     every = table.groupby((table["done"] * 10 // max(1, args.runs)).clip(upper=9)).last()
