@@ -1,8 +1,32 @@
-"""Can the hub deliver a model to this machine? Asked before anything slow is loaded."""
+"""Can this machine load a model, from a folder or from the hub? Asked before anything slow is loaded.
+
+Weights are read from safetensors only, which hold numbers: a pickle (.bin, .pt) can run any code when it is opened.
+"""
 
 import json
 import os
+import re
 from pathlib import Path
+
+
+def check_folder(folder: Path, kind: str = "model"):
+    """FileNotFoundError or ValueError, in one sentence, if `folder` holds no model (or adapter) that may be loaded."""
+    config, weights = ("config.json", "model") if kind == "model" else ("adapter_config.json", "adapter_model")
+    if not (folder / config).is_file():
+        raise FileNotFoundError(f"{kind}={str(folder)!r} is not a folder with {config}: give one"
+                                + (", or a hub id" if kind == "model" else ""))
+    if not any((folder / f"{weights}.safetensors{end}").is_file() for end in ("", ".index.json")):
+        pickles = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        why = f"only {pickles[0]}, which could run code when it is opened" if pickles else "none"
+        raise ValueError(f"{kind}={str(folder)!r}: weights are read from {weights}.safetensors, and there is {why}")
+
+
+def without_secrets(text: str) -> str:
+    """`text` without passwords in addresses and without the values of environment variables that hold tokens."""
+    for name, value in os.environ.items():
+        if len(value) > 7 and re.search("TOKEN|SECRET|PASSWORD|API_KEY", name):
+            text = text.replace(value.strip(), f"<{name}>")
+    return re.sub(r"(?<=://)[^/@\s]*@", "", text)
 
 
 def check(model: str):
@@ -42,7 +66,7 @@ def check(model: str):
 
 
 def _cached(model: str) -> bool:
-    """Whether the hub's local cache holds the configuration and all weights of a model."""
+    """Whether the hub's local cache holds the configuration and all weights, as safetensors, of a model."""
     from huggingface_hub import try_to_load_from_cache
 
     def held(name):
@@ -54,4 +78,4 @@ def _cached(model: str) -> bool:
         shards = set(json.loads(Path(index).read_text())["weight_map"].values()) if index else {weights}
         return all(map(held, shards))
 
-    return bool(held("config.json")) and (whole("model.safetensors") or whole("pytorch_model.bin"))
+    return bool(held("config.json")) and whole("model.safetensors")
