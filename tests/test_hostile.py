@@ -93,7 +93,8 @@ def custom_code(folder, marker, model_type):
     (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
     for name in ("config.json", "tokenizer_config.json"):
         config = json.loads((folder / name).read_text())
-        classes = {c: "evil.Evil" for c in ("AutoConfig", "AutoModelForCausalLM")} | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+        classes = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "evil.Evil")
+        classes["AutoTokenizer"] = ["evil.Evil", "evil.Evil"]
         config |= {"auto_map": classes, "trust_remote_code": True}
         if name == "config.json":
             config["model_type"] = model_type
@@ -121,7 +122,8 @@ def test_an_adapter_of_pickles_is_refused(tmp_path, marker):
         pass
     (tmp_path / "adapter/adapter_model.safetensors").unlink()
     torch.save(Payload(marker), tmp_path / "adapter/adapter_model.bin")
-    with pytest.raises(ValueError, match="there is only adapter_model.bin"), policies.adapted(model, tmp_path / "adapter"):
+    with (pytest.raises(ValueError, match="there is only adapter_model.bin"),
+          policies.adapted(model, tmp_path / "adapter")):
         pass
 
 
@@ -147,7 +149,8 @@ def test_a_poisoned_checkpoint_runs_no_code(trained, workspace, marker, name):
     checkpoint = folder / "checkpoints/checkpoint-1"
     honest = (checkpoint / name).read_bytes()
     torch.save(Payload(marker), checkpoint / name)
-    done = execute_notebook(workspace, "02_train", workspace / "again.ipynb", check=False, output_dir="outputs/hostile", **given)
+    done = execute_notebook(workspace, "02_train", workspace / "again.ipynb", check=False, output_dir="outputs/hostile",
+                            **given)
     (checkpoint / name).write_bytes(honest)
     if name == "training_args.bin":  # written by the trainer, never read
         assert done.returncode == 0, done.stderr[-2000:]
@@ -246,7 +249,8 @@ def test_data_hold_no_code(tmp_path, marker):
 
 
 # Values that might break out of the literal that papermill writes into the notebook.
-BREAKS = ["'", '"', "\\", '\\"', "\\\\'", "\n", "\r", "\u2028", "\u2029", "\x85", "\x0c", "#", '"""', "'''", "{x}", "%", "\n!", "$(x)"]
+BREAKS = ["'", '"', "\\", '\\"', "\\\\'", "\n", "\r", "\u2028", "\u2029", "\x85", "\x0c", "#", '"""', "'''", "{x}", "%", "\n!",
+          "$(x)"]
 text = st.lists(st.sampled_from([*BREAKS, "; open(MARK, 'w')", "\nopen(MARK, 'w')\n", "a"]), max_size=8).map("".join)
 value = st.recursive(text | st.integers() | st.booleans() | st.none(), lambda v: st.lists(v, max_size=3)
                      | st.dictionaries(text, v, max_size=3), max_leaves=5)
