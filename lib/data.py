@@ -313,10 +313,17 @@ def generate(source: str, folder: Path, seed: int, n_train: int, n_test: int) ->
 # ---- MATH ----------------------------------------------------------------------------------------
 
 
+def endpoint_has_password() -> bool:
+    """Whether HF_ENDPOINT holds one: the hub's client would write it to its log, and would not send HF_TOKEN."""
+    return "@" in os.environ.get("HF_ENDPOINT", "").partition("://")[2].partition("/")[0]
+
+
 def download_math() -> Path:
     """The folder of the hub's copy of MATH (12,500 problems), from the local cache when it is there."""
     from huggingface_hub import snapshot_download
 
+    if endpoint_has_password():
+        raise ConnectionError("HF_ENDPOINT holds a password, which would be written to logs: set HF_TOKEN instead")
     patterns = [f"*{suffix}" for suffix in SUFFIXES]
     try:
         return Path(snapshot_download(HUB_DATASET, repo_type="dataset", allow_patterns=patterns))

@@ -8,6 +8,8 @@ import os
 import re
 from pathlib import Path
 
+from lib import data
+
 
 def check_folder(folder: Path, kind: str = "model"):
     """FileNotFoundError or ValueError, in one sentence, if `folder` holds no model (or adapter) that may be loaded."""
@@ -38,6 +40,9 @@ def check(model: str):
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
 
     folder = "give a local folder as `model` (-p model FOLDER)"
+    if data.endpoint_has_password() and os.environ.get("HF_HUB_OFFLINE") in (None, "", "0"):
+        raise FileNotFoundError(f"model={model.rpartition('@')[2]!r} is not asked for, since HF_ENDPOINT holds a "
+                                f"password, which would be written to logs: set HF_TOKEN instead, or {folder}")
     why = f"is neither here nor can its hub be reached: {folder}, or set HF_ENDPOINT to a hub that this machine reaches"
     try:
         seconds = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or 5)

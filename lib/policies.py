@@ -24,7 +24,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from lib import BUILT_HERE, WORK, engines, hub
+from lib import BUILT_HERE, WORK, data, engines, hub
 
 MODELS = WORK / "models"
 BOX = "\\boxed{"
@@ -100,6 +100,8 @@ def load_policy(params, engine: str | None = None):
     try:
         if Path(source).is_dir():
             hub.check_folder(Path(source))
+        elif data.endpoint_has_password():
+            hub.check(source)  # refuses it
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=False)
         if engine == "unsloth":
             from unsloth import FastLanguageModel

@@ -69,8 +69,10 @@ def test_a_model_of_pickles_is_refused(tmp_path, marker, work, name):
     folder = save(tmp_path / "model")
     (folder / "model.safetensors").unlink()
     torch.save(Payload(marker), folder / name)
-    for refuse in (lambda: load(folder), lambda: runs.check_inputs(
-            runs.resolve("tiny", model=str(folder), data_dir=str(work / "data/arithmetic")))):
+    for refuse in (
+        lambda: load(folder),
+        lambda: runs.check_inputs(runs.resolve("tiny", model=str(folder), data_dir=str(work / "data/arithmetic"))),
+    ):
         with pytest.raises(ValueError, match=rf"read from model.safetensors, and there is only {name}"):
             refuse()
 
@@ -122,8 +124,10 @@ def test_an_adapter_of_pickles_is_refused(tmp_path, marker):
         pass
     (tmp_path / "adapter/adapter_model.safetensors").unlink()
     torch.save(Payload(marker), tmp_path / "adapter/adapter_model.bin")
-    with (pytest.raises(ValueError, match="there is only adapter_model.bin"),
-          policies.adapted(model, tmp_path / "adapter")):
+    with (
+        pytest.raises(ValueError, match="there is only adapter_model.bin"),
+        policies.adapted(model, tmp_path / "adapter"),
+    ):
         pass
 
 
@@ -133,7 +137,7 @@ def test_an_adapter_of_pickles_is_refused(tmp_path, marker):
 @pytest.fixture(scope="module")
 def trained(workspace):
     """The folder of a run whose DONE is gone, so that it would go on from its checkpoint."""
-    given = dict(max_steps=2, save_steps=1, eval_interval=0, per_device_train_batch_size=16)
+    given = dict(max_steps=2, save_steps=1, eval_interval=0, label_flip_rate=0.3)
     execute_notebook(workspace, "02_train", workspace / "hostile.ipynb", output_dir="outputs/hostile", **given)
     (folder,) = (workspace / "outputs/hostile/runs").iterdir()
     return folder, given
@@ -149,8 +153,9 @@ def test_a_poisoned_checkpoint_runs_no_code(trained, workspace, marker, name):
     checkpoint = folder / "checkpoints/checkpoint-1"
     honest = (checkpoint / name).read_bytes()
     torch.save(Payload(marker), checkpoint / name)
-    done = execute_notebook(workspace, "02_train", workspace / "again.ipynb", check=False, output_dir="outputs/hostile",
-                            **given)
+    done = execute_notebook(
+        workspace, "02_train", workspace / "again.ipynb", check=False, output_dir="outputs/hostile", **given
+    )
     (checkpoint / name).write_bytes(honest)
     if name == "training_args.bin":  # written by the trainer, never read
         assert done.returncode == 0, done.stderr[-2000:]
@@ -195,7 +200,7 @@ def test_yaml_runs_no_code(tmp_path, marker):
     ("eval_limit: ../../x", "study.yaml: eval_limit='../../x': input should be a valid integer"),
     ("eval_split: ../../x", "study.yaml: eval_split='../../x'"),
     ("profiles: {../../x: {}}", "profile '../../x': a name has letters"),
-    ("reference: '{seed.__class__.__mro__[9]}'\nfixed: {name: '{model.nothing}'}", "name and reference may use parameters"),
+    ("reference: '{seed.__class__.__mro__[9]}'\nfixed: {name: '{model.nothing}'}", "name and reference may use parameters"),  # noqa: E501
 ])  # fmt: skip
 def test_a_study_cannot_leave_its_folder(tmp_path, body, part):
     arms = "arms: [{}]" if "fixed" in body else "arms: [{label_flip_rate: 0.1}]"
@@ -212,8 +217,16 @@ def test_names_of_studies_and_profiles_are_names(tmp_path, name):
         runs.resolve(name)
 
 
-@pytest.mark.parametrize("given", [{"output_dir": "../x"}, {"output_dir": "/tmp/x"}, {"output_dir": "outputs/../../x"},
-                                   {"data_dir": "../x"}, {"data_dir": "data/../../x"}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"output_dir": "../x"},
+        {"output_dir": "/tmp/x"},
+        {"output_dir": "outputs/../../x"},
+        {"data_dir": "../x"},
+        {"data_dir": "data/../../x"},
+    ],
+)
 def test_parameters_cannot_leave_the_workspace(given):
     with pytest.raises(ValueError, match="leaves the workspace|give a folder below data/"):
         runs.resolve("tiny", **given)
@@ -232,8 +245,16 @@ def test_a_link_does_not_lead_out_of_the_workspace(tmp_path, monkeypatch):
     assert runs.resolve("tiny", output_dir="outputs/mine").output_dir == "outputs/mine"
 
 
-@pytest.mark.parametrize("manifest", ['{"counts": {}, "sha256": {}}', "[]", "no json", '{"sha256": {"/dev/zero": ""}}',
-                                      '{"counts": {"test": 1}, "sha256": {"../../x.jsonl": ""}}'])
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        '{"counts": {}, "sha256": {}}',
+        "[]",
+        "no json",
+        '{"sha256": {"/dev/zero": ""}}',
+        '{"counts": {"test": 1}, "sha256": {"../../x.jsonl": ""}}',
+    ],
+)
 def test_a_manifest_names_its_own_files_only(tmp_path, manifest):
     (tmp_path / "manifest.json").write_text(manifest)
     with pytest.raises(ValueError, match="manifest.json is not what 01_data writes"):
@@ -249,11 +270,32 @@ def test_data_hold_no_code(tmp_path, marker):
 
 
 # Values that might break out of the literal that papermill writes into the notebook.
-BREAKS = ["'", '"', "\\", '\\"', "\\\\'", "\n", "\r", "\u2028", "\u2029", "\x85", "\x0c", "#", '"""', "'''", "{x}", "%", "\n!",
-          "$(x)"]
+BREAKS = [
+    "'",
+    '"',
+    "\\",
+    '\\"',
+    "\\\\'",
+    "\n",
+    "\r",
+    "\u2028",
+    "\u2029",
+    "\x85",
+    "\x0c",
+    "#",
+    '"""',
+    "'''",
+    "{x}",
+    "%",
+    "\n!",
+    "$(x)",
+]
 text = st.lists(st.sampled_from([*BREAKS, "; open(MARK, 'w')", "\nopen(MARK, 'w')\n", "a"]), max_size=8).map("".join)
-value = st.recursive(text | st.integers() | st.booleans() | st.none(), lambda v: st.lists(v, max_size=3)
-                     | st.dictionaries(text, v, max_size=3), max_leaves=5)
+value = st.recursive(
+    text | st.integers() | st.booleans() | st.none(),
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(text, v, max_size=3),
+    max_leaves=5,
+)
 
 
 @settings(max_examples=300)
@@ -270,11 +312,18 @@ def test_a_parameter_stays_in_its_literal(given_value):
 
 def test_parameters_through_papermill(tmp_path, marker):
     """The same through a real kernel, with all of them at once."""
-    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "p", "language": "python"}})
-    notebook.cells = [nbformat.v4.new_code_cell("v = None", metadata={"tags": ["parameters"]}),
-                      nbformat.v4.new_code_cell("import json\nprint(json.dumps(v))")]
+    notebook = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "p", "language": "python"}}
+    )
+    notebook.cells = [
+        nbformat.v4.new_code_cell("v = None", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell("import json\nprint(json.dumps(v))"),
+    ]
     nbformat.write(notebook, tmp_path / "in.ipynb")
-    values = [b + f"open({str(marker)!r}, 'w')" + b for b in BREAKS] + [f"\n!touch {marker}\n", f"\n%%bash\ntouch {marker}"]
+    values = [b + f"open({str(marker)!r}, 'w')" + b for b in BREAKS] + [
+        f"\n!touch {marker}\n",
+        f"\n%%bash\ntouch {marker}",
+    ]
     papermill.execute_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb", {"v": values}, progress_bar=False)
     output = nbformat.read(tmp_path / "out.ipynb", 4).cells[-1].outputs[0]["text"]
     assert json.loads(output) == values
@@ -292,11 +341,20 @@ def test_names_of_parameters_in_a_study_are_checked_before_papermill_sees_them(t
 
 def python(code, *argv, **environment):
     environment = os.environ | {"NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0"} | environment
-    return subprocess.run([sys.executable, "-c", code, *argv], env=environment, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code, *argv], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
 
 
-@pytest.mark.parametrize("given", [{"model": "https://user:{}@hub.example/a/b"}, {"data_dir": "https://user:{}@hub.example/d"},
-                                   {"output_dir": "s3://key:{}@bucket"}, {"optim": "http://{}@x"}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"model": "https://user:{}@hub.example/a/b"},
+        {"data_dir": "https://user:{}@hub.example/d"},
+        {"output_dir": "s3://key:{}@bucket"},
+        {"optim": "http://{}@x"},
+    ],
+)
 def test_an_address_among_the_parameters_is_not_repeated(given):
     given = {name: value.format(CANARY) for name, value in given.items()}
     with pytest.raises(ValueError, match="is an address, which may hold a password") as refusal:
@@ -324,22 +382,29 @@ policies.load_policy(runs.resolve("tiny", model=sys.argv[1]))
 """
 
 
-@pytest.mark.parametrize("hub_is", ["off", "without the model"])
-def test_a_failing_load_shows_no_token(tmp_path, hub_is):
+@pytest.mark.parametrize("password", [True, False])
+def test_a_failing_load_shows_no_token(tmp_path, password):
     with serve({}) as endpoint:
-        address = endpoint if hub_is == "without the model" else "http://127.0.0.1:9"
-        done = python(FAIL, NAME, HF_ENDPOINT=address.replace("//", f"//user:{CANARY}-endpoint@"), HF_TOKEN=CANARY,
-                      HF_HOME=str(tmp_path))
-    assert done.returncode == 1 and "cannot be loaded from the hub" in done.stderr
+        address = endpoint.replace("//", f"//user:{CANARY}-endpoint@") if password else endpoint
+        done = python(FAIL, NAME, HF_ENDPOINT=address, HF_TOKEN=CANARY, HF_HOME=str(tmp_path))
+    reason = "HF_ENDPOINT holds a password" if password else "cannot be loaded from the hub"
+    assert done.returncode == 1 and reason in done.stderr
     assert CANARY not in done.stderr + done.stdout
 
 
 def test_a_run_from_a_gated_hub_leaves_no_token_behind(tmp_path, work, marker):
     saved = save(tmp_path / "model")
-    given = dict(max_steps=1, per_device_train_batch_size=16, eval_interval=0, data_dir=work / "data/arithmetic", model=NAME)
+    given = dict(
+        max_steps=1, eval_interval=0, data_dir=work / "data/arithmetic", model=NAME
+    )
     with serve({("model", NAME): saved}, gated={("model", NAME): CANARY}) as endpoint:
-        environment = {"HF_ENDPOINT": endpoint.replace("//", "//user:CANARYpassword@"), "HF_HOME": str(tmp_path / "cache"),
-                       "HF_TOKEN": CANARY, "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0"}
+        environment = {
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(tmp_path / "cache"),
+            "HF_TOKEN": CANARY,
+            "NO_PROXY": "127.0.0.1",
+            "HF_HUB_OFFLINE": "0",
+        }
         with pytest.MonkeyPatch.context() as patch:
             for name, value in environment.items():
                 patch.setenv(name, value)
@@ -352,7 +417,7 @@ def test_a_run_from_a_gated_hub_leaves_no_token_behind(tmp_path, work, marker):
     kept = [f for f in work.rglob("*") if f.is_file()]
     assert {"params.json", "provenance.json", "good.ipynb", "bad.ipynb"} <= {f.name for f in kept}
     for content in [good.stderr.encode(), bad.stderr.encode(), *(f.read_bytes() for f in kept)]:
-        assert CANARY.encode() not in content and b"CANARYpassword" not in content
+        assert CANARY.encode() not in content
 
 
 def test_checkpoints_are_read_without_pickle(trained):
