@@ -12,7 +12,7 @@ LOCK := requirements/$(if $(GPU),gpu,cpu).txt
 READY := $(VENV)/.ready-$(if $(GPU),gpu,cpu)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: study test test-vllm scale lab lock clean setup scale-sweep soak reproduce test-cluster
+.PHONY: study test test-vllm scale lab lock clean setup scale-sweep soak reproduce test-cluster fuzz audit
 .DEFAULT_GOAL := study
 
 study: setup
@@ -21,6 +21,26 @@ study: setup
 test: setup
 	@$(BIN)/ruff check lib tests
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --nbval tests notebooks/helpers
+
+# Both graders under N generated completions: prints counts, time and memory; fails if one is accepted that must not be.
+N ?= 1000000
+fuzz: setup
+	@$(BIN)/python tests/fuzz.py $(N)
+
+# Known vulnerabilities of the locked packages. --strict: a package of which the service says nothing is not passed over.
+audit: .venv-audit/bin/pip-audit
+	@for lock in cpu gpu; do \
+	  .venv-audit/bin/pip-audit --strict --requirement requirements/$$lock.txt --no-deps --disable-pip \
+	    --progress-spinner off 2> .venv-audit/errors.txt && echo "requirements/$$lock.txt: no known vulnerability" && continue; \
+	  grep -v -e --no-deps -e pip-compile .venv-audit/errors.txt | tail -3; \
+	  if grep -q -e 'could not be audited' -e Connection -e 'Max retries' -e 'timed out' .venv-audit/errors.txt; then \
+	    echo "requirements/$$lock.txt was not checked: from here PyPI's advisories cannot be read; run make audit where they can."; \
+	  fi; exit 1; done
+
+.venv-audit/bin/pip-audit:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed: make PYTHON=/path/to/python3.12 ..."; exit 2; }
+	@$(PYTHON) -m venv .venv-audit
+	@.venv-audit/bin/python -m pip install --quiet pip-audit==2.10.1
 
 # Evaluation through real vLLM on a CPU (Linux, Python 3.11): a community build, in an environment of its own.
 test-vllm: .venv-vllm/.ready
@@ -84,6 +104,6 @@ lock:
 	@wc -l requirements/*.txt
 
 clean:
-	rm -rf $(VENV) .venv-vllm *.egg-info build .pytest_cache .ruff_cache .hypothesis models outputs/*/runs
+	rm -rf $(VENV) .venv-vllm .venv-audit *.egg-info build .pytest_cache .ruff_cache .hypothesis models outputs/*/runs
 	find data -mindepth 1 -maxdepth 1 -type d -exec rm -rf {} +
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,6 +10,7 @@ Two graders look at the same text, the content of the LAST ``\boxed{}`` and noth
 import os
 import queue
 import re
+import string
 import subprocess
 import sys
 import threading
@@ -25,6 +26,9 @@ from typing import Literal
 
 MAX_ANSWER = 1000
 """Longer answers (characters) are compared as they stand and never reach sympy. MATH's longest has 159."""
+
+MAX_BRACKETS = 60
+"""Likewise answers with more opening brackets, whose nesting costs the parser seconds. MATH's most have 20."""
 
 # --- the last box ---------------------------------------------------------------------------------
 
@@ -64,9 +68,14 @@ _THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:,|\{,\})[0-9]{3})+(?![0-9,
 _ABBREVIATION = r"mm|cm|km|m|ft|in|yd|mi|kg|g|lbs?|oz|mL|L|s|sec|min|hrs?|h|mph"
 _UNIT = (
     r"units?|inch(?:es)?|foot|feet|yards?|miles?|(?:centi|milli|kilo)?met(?:er|re)s?|(?:kilo)?grams?|pounds?|ounces?"
-    r"|lit(?:er|re)s?|gallons?|seconds?|minutes?|hours?|days?|weeks?|months?|years?|dollars?|cents?|degrees?"
+    r"|lit(?:er|re)s?|gallons?|seconds?|minutes?|hours?|days?|weeks?|months?|years?|dollars?|cents?|degrees?|radians?"
 )
 _POWER = r"(?:\^\{?[23]\}?)?"
+_TEXT_UNIT = re.compile(
+    rf"(?<=[0-9}}]) ?\\(?:text|mbox|mathrm) ?\{{ ?(?:sq(?:uare|\.)? |cubic )?"
+    rf"({_UNIT}|{_ABBREVIATION})\.? ?{_POWER}\}}{_POWER}$"
+)
+_BARE_UNIT = re.compile(rf"(?<=[0-9}}]) ?(?:(?:square|cubic) )?({_UNIT})$")
 _ARGUMENT = r"(?:[0-9A-Za-z]|\\[A-Za-z]+)"  # a TeX argument without braces is one token
 
 _RULES = [
@@ -78,9 +87,8 @@ _RULES = [
         (r"\\(le|ge|ne)q(?![A-Za-z])", r"\\\1"),
         ("\u2212", "-"),
         (r"\^\{?(?:\\circ|\u00b0)\}?|\u00b0", r"^\\circ"),
-        (rf"(?<=[0-9}}]) ?\\(?:text|mbox|mathrm) ?\{{ ?(?:sq(?:uare|\.)? |cubic )?"
-         rf"(?:{_UNIT}|{_ABBREVIATION})\.? ?{_POWER}\}}{_POWER}$", ""),
-        (rf"(?<=[0-9}}]) ?(?:(?:square|cubic) )?(?:{_UNIT})$", ""),
+        (_TEXT_UNIT, ""),
+        (_BARE_UNIT, ""),
         (r"\\(?:text|textbf|textit|textnormal|mbox|hbox|mathrm|mathbf) ?\{([^{}]*)\}", r" \1 "),
         (r"(?:\.|\\?%)+$", ""),
         (r"^[A-Za-z]=(?=[^=<>]+$)", ""),
@@ -147,13 +155,132 @@ def normalize(answer: str) -> str:
 
 
 def exact_match(gold: str, answer: str) -> bool:
-    """Whether two answers (contents of a box, not whole texts) have the same non-empty normal form."""
-    gold = normalize(gold)
-    return gold != "" and gold == normalize(answer)
+    """Whether two answers (contents of a box, not whole texts) have the same non-empty normal form.
+
+    What the normal form drops may be left out, not contradicted: 5 cm and 5, not 5 cm and 5 inches, nor x=5 and y=5.
+    """
+    form = normalize(gold)
+    return form != "" and form == normalize(answer) and not _contradict(gold, answer)
+
+
+_UNIT_NAMES = {"mm": "millimeter", "cm": "centimeter", "km": "kilometer", "m": "meter", "in": "inch", "ft": "foot",
+               "feet": "foot", "yd": "yard", "mi": "mile", "kg": "kilogram", "g": "gram", "lb": "pound", "oz": "ounce",
+               "ml": "milliliter", "l": "liter", "s": "second", "sec": "second", "min": "minute", "h": "hour",
+               "hr": "hour"}  # fmt: skip
+
+
+@lru_cache(maxsize=20_000)
+def _dropped(answer: str) -> tuple[str, str, bool]:
+    """What `normalize` drops: a name in front, the unit of measure with its power, whether there is a percent sign."""
+    tidy = _tidy(answer).rstrip("$.")
+    name = re.match(r"\$?([A-Za-z])=(?=[^=<>]+$)", tidy)
+    unit = _TEXT_UNIT.search(tidy) or _BARE_UNIT.search(tidy)
+    if unit:
+        text, word = unit[0], unit[1].lower().replace("metre", "meter").replace("litre", "liter")
+        singular = re.sub(r"(?<=inch)es$|s$", "", word)
+        unit = _UNIT_NAMES.get(word) or _UNIT_NAMES.get(singular, singular)
+        unit += "2" if re.search(r"sq|\^\{?2", text) else "3" if re.search(r"cubic|\^\{?3", text) else ""
+    elif r"\$" in tidy:
+        unit = "dollar"
+    elif "\\circ" in tidy or "\u00b0" in tidy:
+        unit = "degree"
+    return name[1] if name else "", unit or "", "%" in tidy
+
+
+def _contradict(gold: str, answer: str) -> bool:
+    """Whether two answers name different unknowns or units, or one of two numbers up to 1 is a percentage.
+
+    From 1 on a percent sign does not matter, since MATH writes percentages with and without it.
+    """
+    (name, unit, percent), (other_name, other_unit, other_percent) = _dropped(gold), _dropped(answer)
+    small = percent != other_percent and re.match(r"-?(?:0|\\frac|1$)", normalize(gold))
+    return bool(name and other_name and name != other_name or unit and other_unit and unit != other_unit
+                or small and normalize(gold) == normalize(answer))
 
 
 def _is_number(normal_form: str) -> bool:
     return len(normal_form) > 0 and _NUMBER.fullmatch(normal_form) is not None
+
+
+# --- what math-verify may be shown ----------------------------------------------------------------
+
+# math-verify skips what it cannot read, takes the last of several sides and reads X as x. Of its own it accepts
+# "5 is not the answer", "6 = 5" and 10_2 for 10. So an answer that it may see is made of what is listed here.
+_COMMANDS = set(
+    "frac dfrac tfrac cfrac sqrt cdot times div pm pi infty circ text textbf textit textnormal mbox hbox mathrm mathbf "
+    "left right big bigl bigr Big Bigl Bigr bigg biggl biggr displaystyle quad qquad begin end cup cap in setminus "
+    "mathbb emptyset varnothing le leq ge geq lt gt sin cos tan cot sec csc arcsin arccos arctan log ln binom lfloor "
+    "rfloor lceil rceil alpha beta gamma delta theta lambda mu phi omega rho sigma overline angle triangle".split()
+)
+_CHARACTERS = set(string.ascii_letters + string.digits + "+-*/^_(){}[]|.,:;=<>!&%$\\ \t\n\u2212\u00b0")
+_TEXT = re.compile(r"\\(?:text\w*|mbox|hbox|mathrm|mathbf) ?\{([^{}]*)\}|(?<![A-Za-z\\])([A-Za-z]{4,}|not)(?![A-Za-z])")
+_WORD = re.compile(r"[ap]\.? ?m\b|[a-z]{2,}")
+_MEASURE = re.compile(rf"{_UNIT}|{_ABBREVIATION}|sq|square|cubic")
+_AMOUNTS = set(
+    "am pm not thousand million billion trillion hundred dozen thousands millions billions trillions hundreds dozens "
+    "tens tenths hundredths thousandths halves thirds times less plus minus".split()
+)
+_JOINT = re.compile(r"\\pm(?![A-Za-z])|;|(?<![A-Za-z])(?:and|or)(?![A-Za-z])")
+_NAMED = re.compile(r"\$?(?:[A-Za-z]|\\[a-z]+)(?:_\w|_\{\w+\})?(?:\([a-z](?:,[a-z])*\))?=[^=]+")
+_DECIMAL = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]+)(?![0-9.]|\\(?:overline|bar|dot))(\\?%)?")
+
+
+@lru_cache(maxsize=20_000)
+def _shape(answer: str) -> str:
+    """Commas and what encloses them: (,) for a pair, "," for two numbers, a set of them or plus-minus, <> for {5}."""
+    form = _JOINT.sub(",", re.sub("[<>]", "", normalize(answer))).replace(r"\{", "<").replace(r"\}", ">")
+    before, shape = "", re.sub(r"[^()\[\],<>]", "", form)
+    while shape != before:
+        before, shape = shape, re.sub(r"\(\)|\[\]", "", shape)
+    return re.sub(r"^<((?:[(\[],*[)\]])*,.*)>$", r"\1", shape)
+
+
+@lru_cache(maxsize=20_000)
+def _parts(answer: str) -> tuple[set[str], set[str], set[str]]:
+    """The commands, the words (units of measure and "and", "or" left out) and the letters of an answer."""
+    commands = set(re.findall(r"\\([A-Za-z]+)", answer))
+    answer = re.sub(r"\\(?:begin|end) ?\{\w*\}", "", answer)
+    found = [w for text in _TEXT.findall(answer) for w in _WORD.findall("".join(text).lower())]
+    words = {re.sub(r"[. ]", "", w) for w in found if not _MEASURE.fullmatch(w)} - {"and", "or"}
+    letters = set(re.sub(r"\\[A-Za-z]+|[^A-Za-z]", "", _TEXT.sub("", answer)))
+    return commands, words, letters
+
+
+def _comparable(gold: str, answer: str) -> bool:
+    """Whether math-verify may decide about two answers that the exact match does not accept."""
+    (known, said, letters), (commands, words, others) = _parts(gold), _parts(answer)
+    if commands - _COMMANDS - known or set(answer) - _CHARACTERS - set(gold) or _contradict(gold, answer):
+        return False
+    if sum(map(answer.count, "([{|")) > MAX_BRACKETS:
+        return False
+    # Words: those of the gold answer, or, where it has none, what is counted: 81 teachers.
+    new, missing = words - said, said - words
+    counted = not said and all(w.endswith("s") and w not in _AMOUNTS for w in new)
+    if (new and not counted) or missing & _AMOUNTS or (missing and not any(c.isdigit() for c in gold)):
+        return False
+    if any(c.isupper() and c.lower() in letters | others for c in letters | others):
+        return False
+    forms = [normalize(gold), normalize(answer)]
+    equations = sorted((len(re.findall("(?<![<>!])=", text)), _tidy(text)) for text in (gold, answer))
+    if equations[0][0] != equations[1][0] and (equations[1][0] > 1 or not _NAMED.fullmatch(equations[1][1])):
+        return False
+    angles = [bool(re.search(r"\\circ|\u00b0", text)) for text in (gold, answer)]
+    if angles[0] != angles[1] and any(map(_TRIGONOMETRY.search, forms)):
+        return False
+    if any(re.search(r"[0-9)}] *_|(?<!_)[0-9] [0-9]", form) for form in forms):  # number bases, 2 2
+        return False
+    lists = [re.sub(r"\\[{}]| ", "", form).split(",") for form in forms]
+    shapes = {_shape(gold), _shape(answer)}
+    return len(shapes) == 1 and (not shapes <= {",", ",,"} or all(len(set(items)) == len(items) for items in lists))
+
+
+def _as_fractions(text: str) -> str:
+    """Decimals and their percentages as fractions, since math-verify compares decimals to six places only."""
+    def fraction(number):
+        whole, digits, percent = number.groups()
+        return rf"(\frac{{{int(whole + digits)}}}{{{10 ** (len(digits) + 2 * bool(percent))}}})"
+
+    return _DECIMAL.sub(fraction, text)
 
 
 # --- symbolic equality ----------------------------------------------------------------------------
@@ -164,7 +291,8 @@ class Grade:
 
     correct: the verdict. exact: the verdict of `exact_match` alone. answer: content of the last box, or None.
     method: what settled it.
-    - `exact`: equal normal forms, or two plain numbers that differ, or an answer longer than `MAX_ANSWER`;
+    - `exact`: equal normal forms, or two plain numbers that differ, or an answer that math-verify is not shown: longer
+      than `MAX_ANSWER`, or made of what it is known to misread (`_comparable`);
     - `symbolic`: math-verify;
     - `timeout`: a time or memory limit was passed, so incorrect;
     - `unparsed`: no box, an empty one, or a last one that never closes, so incorrect.
@@ -246,7 +374,7 @@ class Verifier:
     def grade(self, golds: Sequence[str], completions: Sequence[str], shortcut: bool = True) -> list[Grade]:
         """Grade completions[i], a whole text, against golds[i], an answer (not a solution). One Grade a pair.
 
-        shortcut=False asks math-verify about every pair with a box and takes its verdict alone.
+        shortcut=False asks math-verify about every pair that it may see and takes its verdict alone.
         Raises ValueError when the lists differ in length or hold something other than strings, RuntimeError
         when math-verify cannot be started.
         """
@@ -276,10 +404,10 @@ class Verifier:
         if answer is None or not answer.strip():
             return Grade(False, "unparsed", False, answer)
         ours, theirs = normalize(gold), normalize(answer)
-        exact = ours != "" and ours == theirs
+        exact = exact_match(gold, answer)
         differ = _is_number(ours) and _is_number(theirs) and "%" not in gold + answer  # 50\% can equal 0.5
         settled = shortcut and (exact or differ)
-        if settled or max(len(gold), len(answer)) > MAX_ANSWER:
+        if settled or max(len(gold), len(answer)) > MAX_ANSWER or not (exact or _comparable(gold, answer)):
             return Grade(exact, "exact", exact, answer)
         return Grade(False, "symbolic", exact, answer)
 
@@ -350,6 +478,14 @@ def _serve(descriptor: str, seconds: str, memory_mb: str) -> None:
         logging.disable()
         # Only the content of the box, as LaTeX. math-verify's other patterns would find a "5" in "\neq 5".
         config = [LatexExtractionConfig(boxed_match_priority=0)]
+
+        def equal(pair: tuple[str, str]) -> bool:
+            # The parent keeps the time: math-verify's own limit is an alarm, which sympy can catch.
+            gold, answer = (parse(f"\\boxed{{{_as_fractions(text)}}}", config, extraction_mode="first_match",
+                                  parsing_timeout=None) for text in pair)
+            return bool(verify(gold, answer, numeric_precision=50, timeout_seconds=None))
+
+        equal((r"\frac{1}{2}+x", "0.5x+1"))  # sympy's first comparison takes half a second: not that of a real pair
         connection.send("ready")
     except BaseException as error:
         connection.send(f"{type(error).__name__}: {error}")
@@ -362,12 +498,7 @@ def _serve(descriptor: str, seconds: str, memory_mb: str) -> None:
         pair = connection.recv()
         # If the parent is killed while sympy is stuck, this ends the orphan.
         resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + float(seconds)) + 3, hard))
-        # The parent keeps the time: math-verify's own limit is an alarm, which sympy can catch.
-        gold, answer = (
-            parse(f"\\boxed{{{text}}}", config, extraction_mode="first_match", parsing_timeout=None)
-            for text in pair
-        )
-        connection.send(bool(verify(gold, answer, timeout_seconds=None)))
+        connection.send(equal(pair))
 
 
 if __name__ == "__main__":

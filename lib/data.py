@@ -35,8 +35,14 @@ SPLIT_FILES = {"train": "train_split.jsonl", "validation": "validation_split.jso
 
 
 def data_folder(data_dir: str | Path) -> Path:
-    """`arithmetic` and `data/arithmetic` both mean <workspace>/data/arithmetic; an absolute path stays."""
+    """`arithmetic` and `data/arithmetic` both mean <workspace>/data/arithmetic; an absolute path stays.
+
+    ValueError for a path with `..` and for an address.
+    """
     path = Path(data_dir).expanduser()
+    if ".." in path.parts or "://" in str(data_dir):
+        shown_dir = "an address" if "://" in str(data_dir) else repr(str(data_dir))
+        raise ValueError(f"data_dir is {shown_dir}: give a folder below data/, or an absolute path")
     if path.is_absolute():
         return path
     return WORK / path if path.parts[:1] == ("data",) else WORK / "data" / path
@@ -307,10 +313,17 @@ def generate(source: str, folder: Path, seed: int, n_train: int, n_test: int) ->
 # ---- MATH ----------------------------------------------------------------------------------------
 
 
+def endpoint_has_password() -> bool:
+    """Whether HF_ENDPOINT holds one: the hub's client would write it to its log, and would not send HF_TOKEN."""
+    return "@" in os.environ.get("HF_ENDPOINT", "").partition("://")[2].partition("/")[0]
+
+
 def download_math() -> Path:
     """The folder of the hub's copy of MATH (12,500 problems), from the local cache when it is there."""
     from huggingface_hub import snapshot_download
 
+    if endpoint_has_password():
+        raise ConnectionError("HF_ENDPOINT holds a password, which would be written to logs: set HF_TOKEN instead")
     patterns = [f"*{suffix}" for suffix in SUFFIXES]
     try:
         return Path(snapshot_download(HUB_DATASET, repo_type="dataset", allow_patterns=patterns))
@@ -368,6 +381,8 @@ def make_dataset(source: str, data_dir: str | Path | None = None, math_dir: str 
     """
     if source not in SOURCES:
         raise ValueError(f"source={source!r}: choose one of {', '.join(SOURCES)}")
+    if "://" in str(math_dir):
+        raise ValueError("math_dir is an address: give a local folder")
     if source in GENERATED and math_dir is not None:
         raise ValueError(f"math_dir is for source='math': {source} is generated and reads no folder")
     out = data_folder(data_dir or source)
@@ -414,7 +429,14 @@ def read_manifest(data_dir: str | Path) -> dict:
         raise FileNotFoundError(
             f"no data in {shown(folder)}. Make them, from the project's root, with: papermill "
             f"notebooks/01_data.ipynb outputs/01_data.ipynb -p source {source} -p data_dir {folder.name}")
-    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        names = {path.removesuffix(".jsonl") for path in manifest["sha256"]}
+        if not names == set(manifest["counts"]) == {"train", "validation", "train_split", "validation_split", "test"}:
+            raise ValueError
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{shown(folder)}/manifest.json is not what 01_data writes: run 01_data again") from None
+    return manifest
 
 
 def data_hash(data_dir: str | Path) -> str:

@@ -1,8 +1,34 @@
-"""Can the hub deliver a model to this machine? Asked before anything slow is loaded."""
+"""Can this machine load a model, from a folder or from the hub? Asked before anything slow is loaded.
+
+Weights are read from safetensors only, which hold numbers: a pickle (.bin, .pt) can run any code when it is opened.
+"""
 
 import json
 import os
+import re
 from pathlib import Path
+
+from lib import data
+
+
+def check_folder(folder: Path, kind: str = "model"):
+    """FileNotFoundError or ValueError, in one sentence, if `folder` holds no model (or adapter) that may be loaded."""
+    config, weights = ("config.json", "model") if kind == "model" else ("adapter_config.json", "adapter_model")
+    if not (folder / config).is_file():
+        raise FileNotFoundError(f"{kind}={str(folder)!r} is not a folder with {config}: give one"
+                                + (", or a hub id" if kind == "model" else ""))
+    if not any((folder / f"{weights}.safetensors{end}").is_file() for end in ("", ".index.json")):
+        pickles = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        why = f"only {pickles[0]}, which could run code when it is opened" if pickles else "none"
+        raise ValueError(f"{kind}={str(folder)!r}: weights are read from {weights}.safetensors, and there is {why}")
+
+
+def without_secrets(text: str) -> str:
+    """`text` without passwords in addresses and without the values of environment variables that hold tokens."""
+    for name, value in os.environ.items():
+        if len(value) > 7 and re.search("TOKEN|SECRET|PASSWORD|API_KEY", name):
+            text = text.replace(value.strip(), f"<{name}>")
+    return re.sub(r"(?<=://)[^/@\s]*@", "", text)
 
 
 def check(model: str):
@@ -14,6 +40,9 @@ def check(model: str):
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
 
     folder = "give a local folder as `model` (-p model FOLDER)"
+    if data.endpoint_has_password() and os.environ.get("HF_HUB_OFFLINE") in (None, "", "0"):
+        raise FileNotFoundError(f"model={model.rpartition('@')[2]!r} is not asked for, since HF_ENDPOINT holds a "
+                                f"password, which would be written to logs: set HF_TOKEN instead, or {folder}")
     why = f"is neither here nor can its hub be reached: {folder}, or set HF_ENDPOINT to a hub that this machine reaches"
     try:
         seconds = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or 5)
@@ -42,7 +71,7 @@ def check(model: str):
 
 
 def _cached(model: str) -> bool:
-    """Whether the hub's local cache holds the configuration and all weights of a model."""
+    """Whether the hub's local cache holds the configuration and all weights, as safetensors, of a model."""
     from huggingface_hub import try_to_load_from_cache
 
     def held(name):
@@ -54,4 +83,4 @@ def _cached(model: str) -> bool:
         shards = set(json.loads(Path(index).read_text())["weight_map"].values()) if index else {weights}
         return all(map(held, shards))
 
-    return bool(held("config.json")) and (whole("model.safetensors") or whole("pytorch_model.bin"))
+    return bool(held("config.json")) and whole("model.safetensors")

@@ -24,10 +24,11 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from lib import BUILT_HERE, WORK, engines
+from lib import BUILT_HERE, WORK, data, engines, hub
 
 MODELS = WORK / "models"
 BOX = "\\boxed{"
+SAFE = {"use_safetensors": True, "trust_remote_code": False}  # what a stranger's folder holds is data, never code
 TINY_VOCAB = ["<pad>", "<eos>", "<unk>", BOX, "}", *"0123456789", "+", "-", "=", "?"]
 
 
@@ -97,22 +98,30 @@ def load_policy(params, engine: str | None = None):
     source, gpu, engine = policy_source(params), torch.cuda.is_available(), engine or params.engine
     dtype = torch.bfloat16 if gpu and params.model != "tiny" else torch.float32
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+        if Path(source).is_dir():
+            hub.check_folder(Path(source))
+        elif data.endpoint_has_password():
+            hub.check(source)  # refuses it
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=False)
         if engine == "unsloth":
             from unsloth import FastLanguageModel
 
             free, total = torch.cuda.mem_get_info()
             model, _ = FastLanguageModel.from_pretrained(
-                source, max_seq_length=params.max_prompt_length + params.max_completion_length, dtype=dtype,
+                source, max_seq_length=params.max_prompt_length + params.max_completion_length, dtype=dtype, **SAFE,
                 load_in_4bit=False, fast_inference=True, max_lora_rank=engines.served_rank(params.lora_rank),
                 gpu_memory_utilization=engines.memory_utilization() * total / free)  # unsloth's is a share of the free
         else:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except OSError as e:
-        if Path(source).is_dir():
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **SAFE)
+    except (OSError, ValueError) as e:
+        if "trust_remote_code" in str(e):
+            raise ValueError(f"model={source!r} needs code of its own, and this project runs none that comes with a "
+                             "model: choose one that transformers knows") from None
+        if Path(source).is_dir() or isinstance(e, ValueError):
             raise
-        raise OSError(f"model={source!r} cannot be loaded from the hub ({str(e).splitlines()[0]}): give a local folder "
-                      "as `model`, or set HF_ENDPOINT to a hub that this machine reaches") from None
+        why = hub.without_secrets(str(e).splitlines()[0])
+        raise OSError(f"model={source!r} cannot be loaded from the hub ({why}): give a local folder as `model`, or set "
+                      "HF_ENDPOINT to a hub that this machine reaches") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.generation_config.eos_token_id = stop_tokens(tokenizer, params.prompt_template, model)
@@ -145,7 +154,7 @@ def base_hash(model, params, engine: str) -> str:
     """weights_hash of a run's base policy, which for unsloth, whose engine stores it otherwise, is loaded once more."""
     if engine != "unsloth":
         return weights_hash(model)
-    return weights_hash(AutoModelForCausalLM.from_pretrained(policy_source(params), dtype=torch.bfloat16))
+    return weights_hash(AutoModelForCausalLM.from_pretrained(policy_source(params), dtype=torch.bfloat16, **SAFE))
 
 
 def with_lora(model, params) -> dict:
@@ -167,7 +176,8 @@ def adapted(model, folder=None):
     if folder is None:
         yield model
         return
-    with_adapter = PeftModel.from_pretrained(model, str(folder))
+    hub.check_folder(Path(folder), "adapter")
+    with_adapter = PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
     try:
         yield with_adapter
     finally:

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -92,8 +93,22 @@ class Params(BaseModel):
     save_steps: int = Field(100, ge=1)
     report_to: str = "none"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_addresses(cls, values):
+        for name, value in values.items():  # before all other checks, whose messages repeat what was given
+            if isinstance(value, str) and "://" in value:
+                raise ValueError(f"{name} is an address, which may hold a password: give a folder"
+                                 + (", or a hub id and HF_ENDPOINT" if name == "model" else ""))
+        return values
+
     @model_validator(mode="after")
     def _consistent(self):
+        target = (WORK / self.output_dir).resolve()
+        if ".." in Path(self.output_dir).parts or not any(
+                target.is_relative_to(root) for root in (WORK, (WORK / "outputs").resolve())):
+            raise ValueError(f"output_dir={self.output_dir!r} leaves the workspace: name a folder such as outputs/mine")
+        data.data_folder(self.data_dir)
         channel(**self.noise())
         estimator(self.mitigation, *self.assumed_rates)
         if self.mitigation == "sgrpo" and self.scale_rewards != "none":
@@ -213,7 +228,11 @@ def _allowed(model, name, given) -> str:
 
 def load_yaml(folder: Path, name: str, kind: str) -> tuple[dict, Path]:
     """Read params/<kind>s/<name>.yaml, or `name` as a path. ValueError with the nearest name, or with file and line."""
-    path = Path(name) if str(name).endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    is_path = str(name).endswith((".yaml", ".yml"))
+    path = Path(name) if is_path else folder / f"{name}.yaml"
+    stem = path.stem if is_path and kind == "study" else str(name)
+    if not re.fullmatch(r"\w[\w.+-]*", stem):  # it becomes a part of a folder's name
+        raise ValueError(f"{kind} {stem!r}: a name has letters, digits and . _ + - only")
     if not path.exists():
         known = sorted(p.stem for p in folder.glob("*.yaml"))
         shown = path.name if path.suffix == ".yaml" and str(path) == str(name) else path.stem
@@ -226,7 +245,23 @@ def load_yaml(folder: Path, name: str, kind: str) -> tuple[dict, Path]:
                          f"{getattr(e, 'problem', e)}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path.name}:1: a {kind} is a mapping of names to values")
+    for key, value in _leaves(values):
+        if key in ("output_dir", "data_dir") and isinstance(value, str) and (
+                value.startswith(("/", "~", "\\")) or ".." in Path(value).parts):
+            raise ValueError(f"{path.name}: {key}={value!r} leaves the project: name a folder below it")
     return values, path
+
+
+def _leaves(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(nearest key, value) of everything in nested mappings and lists."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            yield from _leaves(value, name)
+    elif isinstance(values, list):
+        for value in values:
+            yield from _leaves(value, key)
+    else:
+        yield key, values
 
 
 def selected_file(profile: str) -> Path:
@@ -310,6 +345,10 @@ def load_study(name: str, profile: str) -> tuple[Study, list[Params]]:
         cells = {**study.fixed, **arm}
         templates = [cells.pop("name", None), cells.pop("reference", study.reference)]
         lists = {k: v if isinstance(v, list) else [v] for k, v in cells.items()}
+        given = {"seed", "base_seed", "profile", "output_dir", "use_selected"} & set(lists)
+        if given:
+            raise ValueError(f"{path.name}, arm {i + 1}: {min(given)!r} cannot be set in an arm or in fixed, since it "
+                             "follows from the study's name, its seeds and --profile")
         empty = [k for k, v in lists.items() if not v]
         if empty:
             raise ValueError(f"{path.name}, arm {i + 1}: {empty[0]} is an empty list, so the arm has no run")
@@ -319,7 +358,7 @@ def load_study(name: str, profile: str) -> tuple[Study, list[Params]]:
                 runs.append(_with_defaults(defaults, profile, given))
                 if templates[0]:
                     names[run_id(runs[-1])] = tuple(t.format(**runs[-1].model_dump()) for t in templates)
-            except KeyError as e:
+            except (KeyError, AttributeError, IndexError) as e:
                 raise ValueError(f"{path.name}, arm {i + 1}: name and reference may use parameters in braces, and "
                                  f"{e} is none{nearest(e.args[0], Params.model_fields)}") from None
             except ValueError as e:
@@ -461,6 +500,9 @@ def hold(folder: Path):
     if folder in _HELD and not _HELD[folder].closed:  # a notebook's cell is executed twice in one kernel
         return _HELD[folder]
     folder.mkdir(parents=True, exist_ok=True)
+    link = next((p for p in (folder, *folder.rglob("*")) if p.is_symlink()), None)
+    if link:  # a run makes none, and what is written to it would end up elsewhere
+        raise ValueError(f"{folder.name} holds a symbolic link ({link.name}): delete it, or the folder")
     for _ in range(10):  # `status` looks at the lock for an instant: do not take that for a run
         file = open(folder / ".lock", "w")
         if _flock(file, fcntl.LOCK_EX):
@@ -495,8 +537,8 @@ def check_inputs(params: Params):
         local = Path(params.model).expanduser()
         if not local.is_dir() and not params.model.startswith((".", "/", "~")):
             hub.check(params.model)
-        elif not (local / "config.json").exists():
-            raise FileNotFoundError(f"model={params.model!r} is not a folder with config.json: give one, or a hub id")
+        else:
+            hub.check_folder(local)
 
 
 def begin(folder: Path, params: Params, **identity: str) -> tuple[dict[str, Any], Path | None]:

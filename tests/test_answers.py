@@ -205,12 +205,12 @@ def test_numbers_are_compared_by_value(value):
         ("5", r"\boxed{6} 5", False, "exact"),
         ("5", "boxed{5}", False, "unparsed"),
         ("5", "\\box{5}", False, "unparsed"),
-        ("5", r"\boxed{5, 6}", False, "symbolic"),
-        ("5", r"\boxed{4 or 5}", False, "symbolic"),
-        ("5", r"\boxed{$4$ or $5$}", False, "symbolic"),
-        ("5", r"\boxed{a) $5$ b}", False, "symbolic"),
-        ("5", r"\boxed{\neq 5}", False, "symbolic"),
-        ("5", r"\boxed{\text{the answer}}", False, "symbolic"),
+        ("5", r"\boxed{5, 6}", False, "exact"),
+        ("5", r"\boxed{4 or 5}", False, "exact"),
+        ("5", r"\boxed{$4$ or $5$}", False, "exact"),
+        ("5", r"\boxed{a) $5$ b}", False, "exact"),
+        ("5", r"\boxed{\neq 5}", False, "exact"),
+        ("5", r"\boxed{\text{the answer}}", False, "exact"),
         ("5", r"\boxed{x}", False, "symbolic"),
         ("5", r"\boxed{4}{5}", False, "exact"),
         ("5", r"\boxed{5 - 4 + 4}", True, "symbolic"),
@@ -219,7 +219,7 @@ def test_numbers_are_compared_by_value(value):
         (r"50\%", r"\boxed{0.5}", True, "symbolic"),
         (r"\{1,2\}", r"\boxed{\{2,1\}}", True, "symbolic"),
         ("(1,2)", r"\boxed{(2,1)}", False, "symbolic"),
-        ("(1,2]", r"\boxed{(1,2)}", False, "symbolic"),
+        ("(1,2]", r"\boxed{(1,2)}", False, "exact"),
         ("x^2-1", r"\boxed{(x-1)(x+1)}", True, "symbolic"),
         (r"\sqrt{8}", r"\boxed{2\sqrt2}", True, "symbolic"),
     ],
@@ -261,6 +261,27 @@ def test_errors_are_for_people():
         Verifier(workers=0)
     with pytest.raises(RuntimeError, match="did not start"):
         Verifier(memory_mb=30).grade(["1/2"], [r"\boxed{0.5}"])
+
+
+# --- hand-checked pairs: what a policy may try, and what a fair grader accepts
+
+HACKS = [json.loads(line) for line in (Path(__file__).parent / "hacks.jsonl").open()]
+
+
+def test_no_hand_checked_hack_is_accepted():
+    """tests/hacks.jsonl says of each pair, with a reason, whether it should be accepted. No grader errs upwards."""
+    assert len(HACKS) >= 200 and len({(h["gold"], h["completion"]) for h in HACKS}) == len(HACKS)
+    golds, completions = [h["gold"] for h in HACKS], [h["completion"] for h in HACKS]
+    with_limits = Verifier(workers=2, seconds=2)
+    both = with_limits.grade(golds, completions)
+    alone = with_limits.grade(golds, completions, shortcut=False)
+    with_limits.close()
+    wrongly = [h for h, a, b in zip(HACKS, both, alone, strict=True)
+               if not h["accept"] and (a.correct or a.exact or b.correct)]
+    assert not wrongly
+    # Fair answers are accepted, but for known forms: a slow machine may add a few timeouts.
+    rightly = [h for h, grade in zip(HACKS, both, strict=True) if h["accept"] and grade.correct]
+    assert len(rightly) >= 0.8 * sum(h["accept"] for h in HACKS)
 
 
 # --- limits and processes
