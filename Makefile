@@ -36,7 +36,7 @@ test-vllm: .venv-vllm/.ready
 # The static site of all rendered notebooks, README and docs: build/site/index.html. It needs no network, then or later.
 site: .venv-site/.ready
 	@.venv-site/bin/sphinx-build -q -W --keep-going -c docs -d build/site-doctrees . build/site
-	@echo "build/site/index.html: $$(find build/site -name '*.html' | wc -l) pages, $$(du -sm build/site | cut -f1) MB"
+	@echo "build/site/index.html: $$(find build/site -name '*.html' -not -path '*/_static/*' | wc -l) pages, $$(du -sm build/site | cut -f1) MB"
 
 .venv-site/.ready: requirements/site.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed: make PYTHON=/path/to/python3.12 ..."; exit 2; }
