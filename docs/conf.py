@@ -73,7 +73,7 @@ def title(study: str) -> str:
 
 
 def notebook(text: str, page: str) -> str:
-    """A rendered notebook says which study it is of, without the progress bars of its run; an analysis folds its code."""
+    """A rendered notebook says which study it is of and has no progress bars; an analysis folds its code."""
     found = json.loads(text)
     for cell in found["cells"]:
         if cell["cell_type"] == "code":
@@ -102,8 +102,9 @@ def prepare(app, docname, source):
 
     source[0] = re.sub(r"\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)", link, source[0])
     if docname == root_doc:
-        source[0] += "\n\n" + "\n".join("\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", "", *entries, "```"])
-                                       for caption, entries in TREES.items() if entries) + "\n"
+        trees = [["```{toctree}", ":hidden:", f":caption: {caption}", "", *entries, "```"]
+                 for caption, entries in TREES.items() if entries]
+        source[0] += "\n\n" + "\n".join(sum(trees, [])) + "\n"
 
 
 def finish(app, error):
