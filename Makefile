@@ -12,7 +12,7 @@ LOCK := requirements/$(if $(GPU),gpu,cpu).txt
 READY := $(VENV)/.ready-$(if $(GPU),gpu,cpu)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: study test test-vllm scale lab lock clean setup scale-sweep soak reproduce test-cluster fuzz audit
+.PHONY: study test test-vllm scale lab lock clean setup scale-sweep soak reproduce test-cluster fuzz audit site
 .DEFAULT_GOAL := study
 
 study: setup
@@ -77,6 +77,17 @@ soak: setup
 reproduce: setup
 	@$(BIN)/python tests/reproduce.py $(STUDY) --profile $(PROFILE) $(if $(MAX_STEPS),--max-steps $(MAX_STEPS))
 
+# The static site of all rendered notebooks, README and docs: build/site/index.html. It needs no network, then or later.
+site: .venv-site/.ready
+	@.venv-site/bin/sphinx-build -q -W --keep-going -c docs -d build/site-doctrees . build/site
+	@echo "build/site/index.html: $$(find build/site -name '*.html' -not -path '*/_static/*' | wc -l) pages, $$(du -sm build/site | cut -f1) MB"
+
+.venv-site/.ready: requirements/site.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed: make PYTHON=/path/to/python3.12 ..."; exit 2; }
+	@test -x .venv-site/bin/python || $(PYTHON) -m venv .venv-site
+	@.venv-site/bin/python -m pip install --quiet -r requirements/site.txt
+	@touch $@
+
 lab: setup
 	@$(BIN)/jupyter lab notebooks
 
@@ -101,9 +112,12 @@ lock:
 	  --extra test $$([ $$extra = gpu ] && echo --extra gpu) --no-emit-package triton --no-emit-package cuda-bindings \
 	  --no-emit-package cuda-pathfinder --no-emit-package cuda-toolkit \
 	  pyproject.toml | grep -v '^nvidia-.*sys_platform' > requirements/$$extra.txt || exit 1; done
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate requirements/site.in -o requirements/site.txt
 	@wc -l requirements/*.txt
 
 clean:
 	rm -rf $(VENV) .venv-vllm .venv-audit *.egg-info build .pytest_cache .ruff_cache .hypothesis models outputs/*/runs
+
+	rm -rf $(VENV) .venv-vllm .venv-site *.egg-info build .pytest_cache .ruff_cache .hypothesis models outputs/*/runs
 	find data -mindepth 1 -maxdepth 1 -type d -exec rm -rf {} +
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,122 @@
+"""The static site (`make site`): README, docs and every notebook with stored outputs, read in place and never executed.
+
+The source folder is the root of the repository, so relative links are the same here and on a code-hosting site.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+project, html_title = "GRPO under reward noise", "GRPO under reward noise"
+extensions = ["myst_nb", "sphinx_copybutton", "sphinx-mathjax-offline"]
+root_doc = "README"
+
+
+def pages(*patterns: str) -> list[str]:
+    return [p.relative_to(ROOT).as_posix() for pattern in patterns for p in sorted(ROOT.glob(pattern))]
+
+
+STUDIES = sorted(pages("outputs/*/04_analysis.ipynb"), key=lambda p: (not p.startswith("outputs/tiny/"), p))
+HELPERS = [f"notebooks/helpers/{n}.ipynb" for n in ("theory", "noise", "rewards", "answers", "statistics")]
+HELPERS += [p for p in pages("notebooks/helpers/*.ipynb") if p not in HELPERS]
+DOCS = pages("docs/*.md", "data/README.md")
+
+# A source notebook has no outputs: the site shows an executed copy in its place, that of the default study if it can.
+SHOWN = {}
+for source in pages("notebooks/*.ipynb", "notebooks/appendix/*.ipynb"):
+    copies = pages(f"outputs/tiny/{Path(source).stem}*.ipynb", f"outputs/*/{Path(source).name}",
+                   f"outputs/*/{Path(source).stem}*.ipynb")
+    SHOWN[source] = copies[0] if copies else source
+STEPS, APPENDIX = ([shown for source, shown in SHOWN.items() if shown not in STUDIES and ("appendix" in source) == side]
+                   for side in (False, True))
+OTHERS = [p for p in pages("outputs/*/*.ipynb") if p not in STUDIES + STEPS + APPENDIX]
+SHOWN["notebooks/helpers"] = HELPERS[0]
+TREES = {"Studies": STUDIES, "Why": HELPERS, "Step by step": STEPS, "What it costs": APPENDIX, "Reference": DOCS,
+         "More executed notebooks": sorted(OTHERS, key=lambda p: p.rsplit("/", 1)[1])}
+include_patterns = ["README.md", *sum(TREES.values(), [])]
+exclude_patterns = [".*", "build", "models", "data/*/**", "outputs/*/runs/**"]
+
+# --- notebooks ---------------------------------------------------------------------------------------------------
+WIDGET = "application/vnd.jupyter.widget-view+json"
+nb_execution_mode = "off"
+nb_merge_streams = True
+nb_code_prompt_show, nb_code_prompt_hide = "Code", "Hide the code"
+nb_ipywidgets_js = {}  # would be fetched from a CDN
+highlight_language = "text"  # of code blocks that name none; notebooks name theirs
+myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_heading_anchors = 4
+copybutton_exclude = ".linenos, .gp, .go"
+
+# --- look --------------------------------------------------------------------------------------------------------
+html_theme = "sphinx_book_theme"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_copyright = False
+html_theme_options = {"use_download_button": False, "use_fullscreen_button": False, "show_navbar_depth": 1,
+                      "home_page_in_toc": True, "show_toc_level": 2, "navbar_start": [], "navbar_center": [],
+                      "navbar_end": [], "navbar_persistent": [], "footer_content_items": []}
+html_js_files = ["site.js"]
+
+
+def title(study: str) -> str:
+    """The title of a study in params/studies, whose name its folder begins with; else the name of the folder."""
+    for file in sorted((ROOT / "params/studies").glob("*.yaml"), key=lambda f: -len(f.stem)):
+        if study == file.stem or study.startswith(f"{file.stem}-"):
+            return f"{yaml.safe_load(file.read_text())['title']} ({study})"
+    return study
+
+
+def notebook(text: str, page: str) -> str:
+    """A rendered notebook says which study it is of and has no progress bars; an analysis folds its code."""
+    found = json.loads(text)
+    for cell in found["cells"]:
+        if cell["cell_type"] == "code":
+            cell["outputs"] = [o for o in cell["outputs"] if WIDGET not in o.get("data", {})]
+            if page in STUDIES:
+                cell["metadata"]["tags"] = ["hide-input"]
+    if page.startswith("outputs/"):
+        _, study, name = page.split("/")
+        first = found["cells"][0]
+        heading, *rest = "".join(first["source"]).split("\n")
+        other = re.sub(r"^\w+?-|\.ipynb$", "", name) if "-" in name else ""
+        heading = f"# {title(study)}" if page in STUDIES else f"{heading} · {', '.join(filter(None, (study, other)))}"
+        first["source"] = "\n".join([heading, *rest])
+    return json.dumps(found)
+
+
+def prepare(app, docname, source):
+    """Called with the text of each page. Links to a source notebook lead to its executed copy."""
+    page = Path(app.env.doc2path(docname)).relative_to(ROOT)
+    if page.suffix == ".ipynb":
+        source[0] = notebook(source[0], page.as_posix())
+
+    def link(match):
+        target = os.path.normpath(page.parent / match[1])
+        return f"]({os.path.relpath(SHOWN[target], page.parent)}{match[2] or ''})" if target in SHOWN else match[0]
+
+    source[0] = re.sub(r"\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)", link, source[0])
+    if docname == root_doc:
+        trees = [["```{toctree}", ":hidden:", f":caption: {caption}", "", *entries, "```"]
+                 for caption, entries in TREES.items() if entries]
+        source[0] += "\n\n" + "\n".join(sum(trees, [])) + "\n"
+
+
+def finish(app, error):
+    """Fail if a page would load a script, style, font or image from elsewhere; the front page is also index.html."""
+    if error is None:
+        for page in Path(app.outdir).rglob("*.html"):
+            found = re.search(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=\"(?:https?:)?//[^\"]+", page.read_text())
+            if found:
+                raise RuntimeError(f"{page.name} loads something from elsewhere: {found[0]}")
+        shutil.copy(Path(app.outdir) / f"{root_doc}.html", Path(app.outdir) / "index.html")
+
+
+def setup(app):
+    app.connect("source-read", prepare)
+    app.connect("build-finished", finish)
