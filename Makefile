@@ -1,6 +1,6 @@
 # `make study` runs a whole study, `make test` the test suite. Both set up what they need: Python 3.11 or 3.12, pip,
 # make and git are enough. Variables: STUDY, PROFILE, PYTHON (which interpreter), GPU=1 (install the GPU extra too),
-# OPTIONS (of the sweep, such as OPTIONS="--gpus-per-run 0.25").
+# OPTIONS (of the sweep, such as OPTIONS="--gpus-per-run 0.25", or of JupyterLab).
 STUDY ?= tiny
 PROFILE ?= tiny
 OPTIONS ?=
@@ -12,7 +12,7 @@ LOCK := requirements/$(if $(GPU),gpu,cpu).txt
 READY := $(VENV)/.ready-$(if $(GPU),gpu,cpu)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: study test test-vllm lab lock clean setup
+.PHONY: study test test-vllm browser-test lab lock clean setup
 .DEFAULT_GOAL := study
 
 study: setup
@@ -33,8 +33,14 @@ test-vllm: .venv-vllm/.ready
 	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # they need CUDA's torch
 	@touch $@
 
+# JupyterLab at notebooks/START.md. OPTIONS="--no-browser --port 8890" and the like are passed on.
 lab: setup
-	@$(BIN)/jupyter lab notebooks
+	@JUPYTER_CONFIG_PATH=$(CURDIR)/.jupyter $(BIN)/jupyter lab $(OPTIONS)
+
+# Every main notebook of a small study in a real browser, cell by cell: needs Chromium, CHROME=/path/to/it if not found.
+browser-test: setup
+	@$(BIN)/python -m pip install --quiet -r requirements/browser.txt
+	@CHROME="$(CHROME)" $(BIN)/python -m pytest tests/browser
 
 setup: $(READY)  ## only the environment
 
