@@ -73,9 +73,10 @@ def lab(work):
         _, left = psutil.wait_procs(family, timeout=30)
         assert not left, f"JupyterLab left processes behind: {left}"
     finally:
-        for process in family or psutil.Process(server.pid).children(recursive=True) if server.poll() is None else family:
-            if process.is_running():
-                process.kill()
+        if server.poll() is None:
+            family = [*psutil.Process(server.pid).children(recursive=True), psutil.Process(server.pid)]
+        for process in filter(psutil.Process.is_running, family):
+            process.kill()
 
 
 def answers(address):
@@ -99,7 +100,7 @@ def page(lab):
     """A page in Chromium as large as a laptop's. It may talk to the server only."""
     chrome = os.environ.get("CHROME") or next(filter(None, map(shutil.which, NAMES)), None)
     if not chrome or not Path(chrome).exists():
-        pytest.fail(f"no Chromium found (looked for {', '.join(NAMES)}): install one, on Debian and Ubuntu with `apt-get "
+        pytest.fail(f"no Chromium found (looked for {', '.join(NAMES)}): install one, on Debian with `apt-get "
                     "install chromium`, or say where it is: make browser-test CHROME=/path/to/chrome", pytrace=False)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chrome, args=FLAGS.split())
@@ -113,16 +114,26 @@ def page(lab):
     assert not elsewhere, f"the browser was sent elsewhere: {elsewhere[:5]}"
 
 
+@pytest.fixture
+def open_notebook(page, lab, work):
+    """A function that opens a notebook; its kernel ends with the test."""
+    yield lambda name: Notebook(page, lab, work, name)
+    page.goto("about:blank")
+    token = {"Authorization": f"token {TOKEN}"}
+    for kernel in requests.get(f"{lab}/api/kernels", headers=token, timeout=30).json():
+        requests.delete(f"{lab}/api/kernels/{kernel['id']}", headers=token, timeout=60)
+
+
 class Notebook:
     """One notebook, open in the browser."""
 
     def __init__(self, page, lab, work, name):
         self.page, self.file = page, work / f"notebooks/{name}.ipynb"
         page.goto(f"{lab}/lab/tree/notebooks/{name}.ipynb?token={TOKEN}&reset")
-        self.panel = page.locator(f".jp-NotebookPanel:visible:has(.jp-NotebookPanel-notebook)")
+        self.panel = page.locator(".jp-NotebookPanel:visible")
         self.panel.locator(".jp-CodeCell").first.wait_for()
         self.state("idle").wait_for(timeout=120_000)
-        self.seen = []  # what the progress showed, in order
+        self.seen = []  # (lines of progress, width of each bar) as they changed
 
     def state(self, name):
         """The kernel's light in the toolbar."""
@@ -143,8 +154,10 @@ class Notebook:
         self.state("busy").wait_for()
 
         def finished():
-            lines = re.findall(r"step +(\d+)/\d+", " ".join(self.panel.locator(".jp-OutputArea-output").all_inner_texts()))
-            bars = self.panel.locator(".widget-hprogress .progress-bar").evaluate_all("all => all.map(e => e.style.width)")
+            text = " ".join(self.panel.locator(".jp-OutputArea-output").all_inner_texts())
+            lines = re.findall(r"step +(\d+)/\d+", text)
+            bars = self.panel.locator(".widget-hprogress .progress-bar")
+            bars = bars.evaluate_all("all => all.map(e => e.style.width)")
             self.seen += [now for now in [(len(lines), *bars)] if now not in self.seen]
             return self.state("idle").count() and not self.panel.get_by_text("[*]:", exact=True).count()
 
@@ -159,3 +172,67 @@ class Notebook:
         """Click through the menu bar."""
         self.page.locator(".lm-MenuBar-item").get_by_text(path[0], exact=True).click()
         self.page.locator(".lm-Menu-item").get_by_text(path[1], exact=True).click()
+
+
+def check(notebook, cells, figures=0):
+    """No cell failed, was left out or warned; every figure and progress bar is on the page."""
+    for cell in cells:
+        for output in cell.outputs:
+            assert output.output_type != "error", f"{cell.id}: {output.ename}: {output.evalue}"
+            assert output.get("name") != "stderr", f"{cell.id}: {output.text}"
+    counts = [c.execution_count for c in cells]
+    assert counts == list(range(counts[0], counts[0] + len(cells))), counts
+    widths = notebook.panel.locator(".jp-OutputArea-output img").evaluate_all("all => all.map(i => i.naturalWidth)")
+    assert len(widths) == sum("image/png" in o.get("data", {}) for c in cells for o in c.outputs)
+    assert len(widths) >= figures and all(w > 200 for w in widths), widths
+    bars = sum("application/vnd.jupyter.widget-view+json" in o.get("data", {}) for c in cells for o in c.outputs)
+    assert notebook.panel.locator(".widget-hprogress").count() == bars
+
+
+def test_the_start_page_opens_and_its_links_lead_somewhere(page, lab):
+    page.goto(f"{lab}/?token={TOKEN}")  # the address that `make lab` opens
+    start = page.locator(".jp-MarkdownViewer")
+    start.get_by_role("heading", name="Start here").wait_for()
+    targets = re.findall(r"\]\(([^)#]+)\)", (ROOT / "notebooks/START.md").read_text())
+    missing = [t for t in targets if not t.startswith("http") and not (ROOT / "notebooks" / t).exists()]
+    assert len(targets) >= 10 and not missing
+    assert not page.locator(".jp-Dialog").count()  # no question about news
+    start.get_by_role("link", name="01_data").click()
+    page.locator(".jp-NotebookPanel:visible").get_by_role("heading", name="01 · Data").wait_for()
+
+
+def test_data(open_notebook):
+    notebook = open_notebook("01_data")
+    notebook.set(n_train=900, n_test=60)
+    check(notebook, notebook.run_all())
+
+
+def test_warm_start_shows_moving_bars(open_notebook):
+    notebook = open_notebook("01b_warm_start")
+    notebook.set(right_steps=150, careless_steps=20, samples=2)
+    check(notebook, notebook.run_all())
+    assert len(notebook.seen) >= 5 and notebook.seen[-1][1:] == ("100%", "100%"), notebook.seen
+
+
+def test_train_shows_progress_and_a_figure_and_runs_again_with_other_parameters(open_notebook):
+    notebook = open_notebook("02_train")
+    notebook.set(**SHORT)
+    check(notebook, notebook.run_all(), figures=1)
+    lines = [n for n, *_ in notebook.seen]
+    assert len(lines) >= 5 and lines == sorted(lines), lines
+    notebook.set(label_flip_rate=0.25)  # in the same kernel
+    check(notebook, notebook.run_all(), figures=1)
+    assert len(list((notebook.file.parents[1] / "outputs/short/runs").glob("*/DONE"))) == 2
+
+
+def test_evaluation_shows_a_moving_bar(open_notebook, work):
+    notebook = open_notebook("03_eval")
+    notebook.set(study=str(work / "short.yaml"))
+    check(notebook, notebook.run_all())
+    assert len(notebook.seen) >= 3 and notebook.seen[-1][1:] == ("100%",), notebook.seen
+
+
+def test_analysis_shows_its_figures(open_notebook):
+    notebook = open_notebook("04_analysis")
+    notebook.set(study="short")
+    check(notebook, notebook.run_all(), figures=3)
