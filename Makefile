@@ -37,10 +37,12 @@ test-vllm: .venv-vllm/.ready
 lab: setup
 	@JUPYTER_CONFIG_PATH=$(CURDIR)/.jupyter $(BIN)/jupyter lab $(OPTIONS)
 
-# Every main notebook of a small study in a real browser, cell by cell: needs Chromium, CHROME=/path/to/it if not found.
+# Every main notebook of a small study in a real browser: `make lab` in Chromium. CHROME=/path/to/it if it is not found.
 browser-test: setup
 	@$(BIN)/python -m pip install --quiet -r requirements/browser.txt
-	@CHROME="$(CHROME)" $(BIN)/python -m pytest tests/browser
+	@test -n "$$CHROME" || command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	  { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y chromium; } || true
+	@$(BIN)/python -m pytest -x tests/browser
 
 setup: $(READY)  ## only the environment
 

@@ -197,7 +197,7 @@ def test_the_start_page_opens_and_its_links_lead_somewhere(page, lab):
     missing = [t for t in targets if not t.startswith("http") and not (ROOT / "notebooks" / t).exists()]
     assert len(targets) >= 10 and not missing
     assert not page.locator(".jp-Dialog").count()  # no question about news
-    start.get_by_role("link", name="01_data").click()
+    start.get_by_role("link", name="01_data").first.click()
     page.locator(".jp-NotebookPanel:visible").get_by_role("heading", name="01 · Data").wait_for()
 
 
