@@ -108,7 +108,7 @@ def page(lab):
         elsewhere = []
         page.on("request", lambda r: elsewhere.append(r.url) if r.url.startswith("http") and lab not in r.url else None)
         page.on("dialog", lambda d: d.accept())
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(1000 * PATIENCE / 3)
         yield page
         browser.close()
     assert not elsewhere, f"the browser was sent elsewhere: {elsewhere[:5]}"
@@ -132,7 +132,7 @@ class Notebook:
         page.goto(f"{lab}/lab/tree/notebooks/{name}.ipynb?token={TOKEN}&reset")
         self.panel = page.locator(".jp-NotebookPanel:visible")
         self.panel.locator(".jp-CodeCell").first.wait_for()
-        self.state("idle").wait_for(timeout=120_000)
+        self.state("idle").wait_for()
         self.seen = []  # (lines of progress, width of each bar) as they changed
 
     def state(self, name):
