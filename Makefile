@@ -1,6 +1,6 @@
 # `make study` runs a whole study, `make test` the test suite. Both set up what they need: Python 3.11 or 3.12, pip,
 # make and git are enough. Variables: STUDY, PROFILE, PYTHON (which interpreter), GPU=1 (install the GPU extra too),
-# OPTIONS (of the sweep, such as OPTIONS="--gpus-per-run 0.25").
+# OPTIONS (of the sweep, such as OPTIONS="--gpus-per-run 0.25", or of JupyterLab).
 STUDY ?= tiny
 PROFILE ?= tiny
 OPTIONS ?=
@@ -12,7 +12,7 @@ LOCK := requirements/$(if $(GPU),gpu,cpu).txt
 READY := $(VENV)/.ready-$(if $(GPU),gpu,cpu)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: study test test-vllm scale lab lock clean setup scale-sweep soak reproduce test-cluster fuzz audit site
+.PHONY: study test test-vllm scale lab lock clean setup scale-sweep soak reproduce test-cluster fuzz audit site browser-test
 .DEFAULT_GOAL := study
 
 study: setup
@@ -88,8 +88,17 @@ site: .venv-site/.ready
 	@.venv-site/bin/python -m pip install --quiet -r requirements/site.txt
 	@touch $@
 
+
+# JupyterLab at notebooks/START.md. OPTIONS="--no-browser --port 8890" and the like are passed on.
 lab: setup
-	@$(BIN)/jupyter lab notebooks
+	@JUPYTER_CONFIG_PATH=$(CURDIR)/.jupyter $(BIN)/jupyter lab $(OPTIONS)
+
+# Every main notebook of a small study in a real browser: `make lab` in Chromium. CHROME=/path/to/it if it is not found.
+browser-test: setup
+	@$(BIN)/python -m pip install --quiet -r requirements/browser.txt
+	@test -n "$$CHROME" || command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	  { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y chromium; } || true
+	@$(BIN)/python -m pytest -x tests/browser
 
 setup: $(READY)  ## only the environment
 

@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
+plt.switch_backend(plt.get_backend())  # now: inside rc_context, a notebook would show the first figure only
 SIZE, DPI = (8, 4.5), 150
 STYLE = {"font.size": 11, "axes.titlesize": 12, "axes.titlelocation": "left", "legend.frameon": False,
          "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,

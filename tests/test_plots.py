@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import papermill
 import pytest
+from nbclient import NotebookClient
 
 from lib import plots
 
@@ -16,6 +17,16 @@ from synthetic_study import NAMED, write_study  # noqa: E402
 
 matplotlib.use("Agg")
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "04_analysis.ipynb"
+
+
+def test_a_notebook_shows_every_figure_once():
+    draw = ("metrics = pd.DataFrame({'arm': 'clean', 'run_id': 'a', 'step': [1, 2], 'clean_mean': 0.5, "
+            "'observed_mean': 0.5})\nfig = plots.training_curves(metrics)")
+    own = "import matplotlib.pyplot as plt\nplt.plot([1, 2])"
+    cells = ["import pandas as pd\nfrom lib import plots", draw, draw, own]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+    NotebookClient(notebook, kernel_name="python3").execute()
+    assert [sum("image/png" in o.data for o in c.outputs) for c in notebook.cells] == [0, 1, 1, 1]
 
 
 def table():
