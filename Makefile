@@ -12,15 +12,19 @@ LOCK := requirements/$(if $(GPU),gpu,cpu).txt
 READY := $(VENV)/.ready-$(if $(GPU),gpu,cpu)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: study test test-vllm lab lock clean setup
+.PHONY: study test lint test-vllm lab lock clean setup
 .DEFAULT_GOAL := study
 
 study: setup
 	@$(BIN)/python -m lib.study $(STUDY) --profile $(PROFILE) $(OPTIONS)
 
 test: setup
-	@$(BIN)/ruff check lib tests
+	@$(BIN)/ruff check
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --nbval tests notebooks/helpers
+
+lint: setup  ## what a program can tell of style: seconds
+	@$(BIN)/ruff check
+	@$(BIN)/python -m pytest -q tests/test_project.py
 
 # Evaluation through real vLLM on a CPU (Linux, Python 3.11): a community build, in an environment of its own.
 test-vllm: .venv-vllm/.ready

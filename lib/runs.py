@@ -87,7 +87,7 @@ class Params(BaseModel):
     eval_interval: int = Field(0, ge=0)
     eval_problems: int = Field(128, gt=0)
     save_steps: int = Field(100, ge=1)
-    report_to: str = "none"
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -413,6 +413,9 @@ def check_inputs(params: Params):
     """FileNotFoundError, with the command to run, if the data or the base policy of a run are not there."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise RuntimeError("a run is one process: to use several GPUs, execute several runs at once with lib.sweep")
+    if params.report_to != "none" and not find_spec(params.report_to):
+        raise FileNotFoundError(f"report_to={params.report_to!r} needs a package that is not installed: "
+                                f"pip install {params.report_to}")
     data.read_manifest(params.data_dir)
     built = f"models/{params.model}-s{params.base_seed}"
     if params.model in BUILT_HERE and not (WORK / built / "policy.json").exists():
@@ -427,6 +430,19 @@ def check_inputs(params: Params):
             hub.check(params.model)
         elif not (local / "config.json").exists():
             raise FileNotFoundError(f"model={params.model!r} is not a folder with config.json: give one, or a hub id")
+
+
+def tracking(params: Params) -> dict[str, str]:
+    """GRPOConfig's arguments for `report_to`. TensorBoard and wandb write into the run's folder, trackio beside runs/.
+
+    Trackers read their folders from the environment, trackio when TRL imports it: call this first. Those of wandb and
+    trackio are left alone if they are set.
+    """
+    study = WORK / params.output_dir
+    defaults = {"WANDB_DIR": params.folder, "WANDB_PROJECT": study.name, "TRACKIO_DIR": study / "trackio"}
+    os.environ |= {name: str(value) for name, value in defaults.items() if name not in os.environ}
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(params.folder / "tensorboard")
+    return {"report_to": params.report_to, "run_name": run_id(params), "project": study.name}
 
 
 def begin(folder: Path, params: Params, resumed_from: int, **identity: str) -> dict[str, Any]:
