@@ -227,9 +227,10 @@ def vllm_engine(source: str, params, adapters: int, memory: float = 0.85, **opti
         options = {"dtype": "float32", "enforce_eager": True, "gpu_memory_utilization": 0.2, **options}
     else:  # by default a graph for each of a hundred batch sizes, with and without an adapter: half a minute
         options = {"compilation_config": {"cudagraph_capture_sizes": [1, 8, 32, 128, 512]}, **options}
+    length = params.max_prompt_length + params.max_completion_length
     return LLM(model=source, enable_lora=True, max_lora_rank=served_rank(params.lora_rank), max_loras=1,
-               max_cpu_loras=adapters, max_num_seqs=512, seed=0,
-               max_model_len=params.max_prompt_length + params.max_completion_length, **{"gpu_memory_utilization": memory_utilization(memory), "dtype": "bfloat16", **options})
+               max_cpu_loras=adapters, max_num_seqs=512, seed=0, max_model_len=length,
+               **{"gpu_memory_utilization": memory_utilization(memory), "dtype": "bfloat16", **options})
 
 
 def vllm_sample(llm, prompts: list[str], max_new_tokens: int, k: int = 1, temperature: float = 1.0, seed: int = 0,
