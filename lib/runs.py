@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -30,6 +31,7 @@ from lib.rewards import estimator, read_log
 
 PROFILES, STUDIES, OUTPUTS = ROOT / "params/profiles", ROOT / "params/studies", WORK / "outputs"
 NOT_HASHED = {"output_dir", "report_to", "gradient_checkpointing"}  # these do not change what a run computes
+ADDED_LATER: set[str] = set()  # not hashed at their defaults either, so that runs from before keep their names
 
 
 class Params(BaseModel):
@@ -117,8 +119,7 @@ class Params(BaseModel):
 
     def noise(self) -> dict[str, Any]:
         """The parameters that name the channel, for `lib.noise.channel`."""
-        return self.model_dump(include={"label_flip_rate", "mask_rate", "false_positive_rate", "false_negative_rate",
-                                        "abstain_rate", "noise_level"})
+        return self.model_dump(include=set(signature(channel).parameters))
 
     @property
     def channel(self) -> Channel:
@@ -355,7 +356,8 @@ def run_id(params: Params) -> str:
     """Readable settings and 8 hex digits of the hash of all parameters, such as flip-0.2-s1-1c2f9a03."""
     arm = re.sub(r"[^0-9a-z.]+", "-", describe(params)[0].lower()).strip("-")
     base = f"-b{params.base_seed}" if params.base_seed else ""
-    return f"{arm}{base}-s{params.seed}-{digest(params.model_dump(exclude=NOT_HASHED))}"
+    same = {name for name in ADDED_LATER if getattr(params, name) == Params.model_fields[name].default}
+    return f"{arm}{base}-s{params.seed}-{digest(params.model_dump(exclude=NOT_HASHED | same))}"
 
 
 # --- the folder of a run ----------------------------------------------------------------------------------------
