@@ -31,7 +31,7 @@ from lib.rewards import estimator, read_log
 
 PROFILES, STUDIES, OUTPUTS = ROOT / "params/profiles", ROOT / "params/studies", WORK / "outputs"
 NOT_HASHED = {"output_dir", "report_to", "gradient_checkpointing"}  # these do not change what a run computes
-ADDED_LATER: set[str] = set()  # not hashed at their defaults either, so that runs from before keep their names
+ADDED_LATER: set[str] = set()  # not hashed at their defaults, so that earlier runs keep their names
 
 
 class Params(BaseModel):
