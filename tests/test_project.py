@@ -158,9 +158,9 @@ def test_the_training_notebook_offers_every_parameter():
 
 def test_nothing_names_a_machine_or_a_registry():
     bad = re.compile(r"/(?:home|root|Users|work)/\w|/tmp/\w+/|pypi\.org|pythonhosted\.org")
-    for folder in ("lib", "tests", "params", "notebooks", "outputs", "requirements"):
+    for folder in ("lib", "tests", "params", "docs", "notebooks", "outputs", "requirements"):
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".yaml", ".ipynb", ".csv", ".txt", ".html") and "runs" not in path.parts:
+            if path.suffix in (".py", ".md", ".yaml", ".ipynb", ".csv", ".txt", ".html") and "runs" not in path.parts:
                 if path.name == "test_project.py":
                     continue
                 found = bad.search(path.read_text(errors="ignore"))
