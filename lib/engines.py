@@ -143,14 +143,14 @@ def take_turn(engine: str, patience: float = float("inf")):
         return open(os.devnull)
     gpu = (gpu_query("uuid") or [[os.environ.get("CUDA_VISIBLE_DEVICES", "0").replace("/", "-")]])[0][0]
     file = open(Path(tempfile.gettempdir()) / f"grpo-noise-{os.getuid()}-gpu{gpu}.lock", "w")
-    began, told = time.time(), False
-    while time.time() < began + patience:
+    began, told = time.monotonic(), False
+    while time.monotonic() < began + patience:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except BlockingIOError:
             time.sleep(0.1)
-            if not told and time.time() > began + 5:
+            if not told and time.monotonic() > began + 5:
                 told = print(f"waiting for another run's engine to start on GPU {gpu}", flush=True) is None
     return file
 

@@ -190,13 +190,32 @@ def realised_rates(true_reward, observed_reward) -> dict[str, float]:
             "realised_false_negative_rate": share(kept & (t == 1), r == 0)}
 
 
+def write_atomically(path: Path, content: str | bytes, flush: bool = True):
+    """Write a small file so that a reader, or the next start after a crash, sees the old or the new one, never half.
+
+    flush: wait for the disk. Without, a crash of the machine (not of the process) can leave an empty file.
+    OSError names the file, also where the system does not, such as on a full disk.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise OSError(e.errno, f"{e.strerror} (mend that and start again: a run goes on from its last checkpoint)",
+                      str(path)) from None
+
+
 def write_step(folder: Path, table: pa.Table):
     """One generation step as one file, so a kill between steps loses nothing and a repeated step replaces itself."""
-    name = folder / f"step-{table['step'][0].as_py():06d}.parquet"
     memory = pa.BufferOutputStream()  # one system call instead of thirty small ones
     pq.write_table(table, memory, compression="none", use_dictionary=False, write_statistics=False)
-    name.with_suffix(".part").write_bytes(memory.getvalue())
-    os.replace(name.with_suffix(".part"), name)
+    # not flushed, which would cost more than all the rest: a run does not go on behind a step that cannot be read
+    write_atomically(folder / f"step-{table['step'][0].as_py():06d}.parquet", memory.getvalue(), flush=False)
 
 
 def drop_steps_from(log_folder, step: int):
@@ -205,19 +224,45 @@ def drop_steps_from(log_folder, step: int):
         if int(file.stem.split("-")[1]) >= step:
             file.unlink()
     joined = Path(log_folder).parent / "rewards.parquet"
-    if joined.exists():  # the run was killed between joining its log and being done
-        log = pd.read_parquet(joined)
+    if step == 0:
+        joined.unlink(missing_ok=True)  # not read: it may be the reason to start again
+    elif joined.exists():  # the run was killed between joining its log and being done
+        log = _read(joined)
         _write_log(joined, log[log.step < step])
 
 
+def logged_until(run_folder, every: int = 1) -> int:
+    """The first of the steps 0, every, 2 every, ... that is not in the log, or only in a file that cannot be read."""
+    steps = set()
+    for file in (Path(run_folder) / "rewards.parquet", *Path(run_folder).glob("rewards/step-*.parquet")):
+        try:
+            steps |= set(_read(file).step)
+        except (FileNotFoundError, ValueError):
+            continue
+    return next(step for step in count(0, every) if step not in steps)
+
+
+def _read(file: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(file)
+    except (pa.ArrowException, OSError) as e:
+        if isinstance(e, FileNotFoundError):
+            raise
+        raise ValueError(f"{file} is damaged and cannot be read ({str(e).split('.')[0]}): start the run again, it "
+                         "goes on from the last checkpoint before the damage") from None
+
+
 def read_log(run_folder) -> pd.DataFrame:
-    """The reward log of a run, finished or not: a row a completion, in the order of steps (columns: LOG_SCHEMA)."""
+    """The reward log of a run, finished or not: a row a completion, in the order of steps (columns: LOG_SCHEMA).
+
+    FileNotFoundError if there is none, ValueError if a file of it is damaged.
+    """
     whole, parts = Path(run_folder) / "rewards.parquet", sorted(Path(run_folder).glob("rewards/step-*.parquet"))
     if not whole.exists() and not parts:
         raise FileNotFoundError(f"{Path(run_folder).name} has no reward log: it stopped before its first step")
-    steps = [pd.read_parquet(p) for p in parts]
+    steps = [_read(p) for p in parts]
     if whole.exists():  # with step files beside it after a kill: a step's own file is the newer one
-        joined = pd.read_parquet(whole)
+        joined = _read(whole)
         steps.insert(0, joined[~joined.step.isin({s.step.iloc[0] for s in steps})])
     return pd.concat(steps).sort_values("step", kind="stable", ignore_index=True)
 
@@ -230,6 +275,6 @@ def join_log(run_folder):
 
 
 def _write_log(path: Path, log: pd.DataFrame):
-    part = path.with_name(path.name + ".part")
-    pq.write_table(pa.Table.from_pandas(log, LOG_SCHEMA, preserve_index=False), part)
-    os.replace(part, path)
+    memory = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pandas(log, LOG_SCHEMA, preserve_index=False), memory)
+    write_atomically(path, memory.getvalue())

@@ -11,9 +11,11 @@ import os
 import platform
 import re
 import resource
+import shutil
 import subprocess
 import time
 from collections import Counter
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from inspect import signature
@@ -27,9 +29,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from lib import BUILT_HERE, ROOT, WORK, data, engines, hub
 from lib.noise import Channel, channel, replay
-from lib.rewards import estimator, read_log
+from lib.rewards import drop_steps_from, estimator, logged_until, read_log, write_atomically
 
 PROFILES, STUDIES, OUTPUTS = ROOT / "params/profiles", ROOT / "params/studies", WORK / "outputs"
+SUMS = "SHA256SUMS"  # in each checkpoint and finished run: what its files were when they were whole
 NOT_HASHED = {"output_dir", "report_to", "gradient_checkpointing"}  # these do not change what a run computes
 ADDED_LATER: set[str] = set()  # not hashed at their defaults, so that earlier runs keep their names
 
@@ -168,7 +171,7 @@ class Study(BaseModel):
 
     def arm_and_reference(self, params: Params) -> tuple[str, str]:
         """What tables call the arm of a run, and the arm that it is compared with."""
-        return self.names.get(run_id(params), (describe(params)[0], "clean"))
+        return (self.names and self.names.get(run_id(params))) or (describe(params)[0], "clean")
 
 
 # --- from names to parameters -----------------------------------------------------------------------------------
@@ -251,10 +254,17 @@ def resolve(profile: str = "tiny", use_selected: bool = False, **given) -> Param
 
     None means "as the profile says". noise_seed defaults to seed. Raises ValueError naming every bad parameter.
     """
+    return _with_defaults(_defaults(profile, use_selected), profile, given)
+
+
+def _defaults(profile: str, use_selected: bool) -> dict[str, Any]:
+    """What a profile and, if asked for, the hyperparameter study's choice say. Reads two files."""
     values, _ = load_yaml(PROFILES, profile, "profile")
-    if use_selected:
-        values |= selected(profile)
-    values |= {k: v for k, v in given.items() if v is not None}
+    return values | (selected(profile) if use_selected else {})
+
+
+def _with_defaults(defaults: dict[str, Any], profile: str, given: dict[str, Any]) -> Params:
+    values = defaults | {k: v for k, v in given.items() if v is not None}
     values.setdefault("noise_seed", values.get("seed", 0))
     return _check(Params, values | {"profile": profile}, f"profile {profile}")
 
@@ -296,7 +306,7 @@ def load_study(name: str, profile: str) -> tuple[Study, list[Params]]:
     bases = itertools.cycle(study.base_seeds)
     replicates = (list(itertools.product(study.base_seeds, study.seeds)) if study.cross_base_seeds else
                   [(next(bases), seed) for seed in study.seeds])
-    runs, names = [], {}
+    runs, names, defaults = [], {}, _defaults(profile, study.use_selected)  # read once, not once a cell
     for i, arm in enumerate(study.arms):
         cells = {**study.fixed, **arm}
         templates = [cells.pop("name", None), cells.pop("reference", study.reference)]
@@ -306,8 +316,8 @@ def load_study(name: str, profile: str) -> tuple[Study, list[Params]]:
             raise ValueError(f"{path.name}, arm {i + 1}: {empty[0]} is an empty list, so the arm has no run")
         for (base_seed, seed), *values in itertools.product(replicates, *lists.values()):
             try:
-                runs.append(resolve(profile, study.use_selected, **dict(zip(lists, values, strict=True)),
-                                    seed=seed, base_seed=base_seed, output_dir=output_dir))
+                given = dict(zip(lists, values, strict=True), seed=seed, base_seed=base_seed, output_dir=output_dir)
+                runs.append(_with_defaults(defaults, profile, given))
                 if templates[0]:
                     names[run_id(runs[-1])] = tuple(t.format(**runs[-1].model_dump()) for t in templates)
             except KeyError as e:
@@ -330,7 +340,7 @@ def load_study(name: str, profile: str) -> tuple[Study, list[Params]]:
 
 def describe(params: Params | dict) -> tuple[str, str, float]:
     """(arm, channel, rate) as tables and figures name them, such as ("flip 0.2", "flip", 0.2)."""
-    p = params if isinstance(params, dict) else params.model_dump()
+    p = params if isinstance(params, dict) else vars(params)
     named = [("flip", p["label_flip_rate"]), ("mask", p["mask_rate"]), ("abstain", p["abstain_rate"])]
     a, b = p["false_positive_rate"], p["false_negative_rate"]
     if a and b:
@@ -366,9 +376,9 @@ _HELD: dict[Path, Any] = {}  # lock files that this process has open
 
 
 def status(folder: Path) -> str:
-    """done, running, failed, interrupted (something is there to resume from), or missing."""
+    """done, damaged (it was done), running, failed, interrupted (something is there to resume from), or missing."""
     if (folder / "DONE").exists():
-        return "done"
+        return "damaged" if damage(folder) else "done"
     if (folder / ".lock").exists() and not (folder in _HELD and not _HELD[folder].closed):
         with open(folder / ".lock") as file:
             if not _flock(file, fcntl.LOCK_SH):
@@ -378,11 +388,71 @@ def status(folder: Path) -> str:
     return "interrupted" if (folder / "params.json").exists() else "missing"
 
 
-def write_atomically(path: Path, text: str):
-    """Write a small text file so that a reader sees the old or the new one, never half of it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
+def seal(folder: Path, *names: str):
+    """Write SHA256SUMS (as `sha256sum -c` reads it) of files in `folder`, after they have reached the disk."""
+    for name in names:
+        with open(folder / name, "rb") as file:
+            os.fsync(file.fileno())
+    write_atomically(folder / SUMS, "".join(f"{_sha256(folder / name)}  {name}\n" for name in names))
+
+
+def unsealed(folder: Path) -> list[str]:
+    """Names of the files that are not as `seal` found them; SHA256SUMS itself if it is missing or cut off."""
+    try:
+        lines = [line.partition("  ") for line in (folder / SUMS).read_text(errors="replace").splitlines()]
+    except FileNotFoundError:
+        return [SUMS]
+    wrong = [name or SUMS for expected, _, name in lines
+             if not name or not (folder / name).is_file() or _sha256(folder / name) != expected]
+    return wrong if lines else [SUMS]
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a finished run, or None: it has the files that it finished with, and the name that is its own.
+
+    Runs that finished before there were sums are judged by the hash of the adapter, which DONE holds.
+    """
+    if stranger(folder):
+        return f"params.json is that of {stranger(folder)}"
+    wrong = unsealed(folder) if (folder / SUMS).exists() else []
+    wrong = wrong or [name for name in ("params.json", "provenance.json") if not _read_json(folder / name)]
+    if not wrong and (folder / "DONE").read_text(errors="replace").strip() != adapter_hash(folder):
+        wrong = ["DONE or adapter/adapter_model.safetensors"]
+    return f"{', '.join(wrong)}: missing, cut off or changed" if wrong else None
+
+
+def stranger(folder: Path) -> str | None:
+    """The run whose params.json the folder holds, if it is not the one that the folder is named after."""
+    there = _read_params(folder)
+    return run_id(there) if there and run_id(there) != folder.name else None
+
+
+def _sha256(path: Path) -> str:
+    """sha256 of a file, computed once a process for one content: a sweep asks for the status of each run often."""
+    about = path.stat()
+    return _sha256_of(path, about.st_ino, about.st_mtime_ns, about.st_size)
+
+
+@cache
+def _sha256_of(path: Path, *_) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_json(path: Path) -> dict | None:
+    """The mapping in a file, or None if there is no such file or it is damaged."""
+    try:
+        values = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _read_params(folder: Path) -> Params | None:
+    try:
+        return Params(**_read_json(folder / "params.json"))
+    except (TypeError, ValidationError):
+        return None
 
 
 def hold(folder: Path):
@@ -447,41 +517,89 @@ def tracking(params: Params) -> dict[str, str]:
     return {"report_to": params.report_to, "run_name": run_id(params), "project": study.name}
 
 
-def begin(folder: Path, params: Params, resumed_from: int, **identity: str) -> dict[str, Any]:
-    """Write params.json and the first provenance.json of a run, or go on with those of an interrupted one.
+def begin(folder: Path, params: Params, **identity: str) -> tuple[dict[str, Any], Path | None]:
+    """Start a run, or go on with one: its provenance record, to be completed by `finish`, and the checkpoint to go on
+    from (None: from the start). What is later than that is deleted.
 
-    `identity` are hashes (policy_hash, data_hash) that must be the same as when the run began, else ValueError.
-    Returns the provenance record, to be completed by `finish`.
+    Damage is mended by going back to what is whole, and the record says so under `mended`. A contradiction is refused
+    with ValueError: params.json of another run, or `identity` (policy_hash, data_hash) other than when the run began.
     """
-    file = folder / "provenance.json"
-    before = json.loads(file.read_text()) if file.exists() else {**identity, "resumed_from": []}
-    changed = [name for name in identity if before.get(name) != identity[name]]
+    there = _read_params(folder)
+    if there and run_id(there) != run_id(params):
+        raise ValueError(f"{data.shown(folder)} holds the params.json of {run_id(there)}: it was copied or renamed by "
+                         "hand. Move it away or delete it, then start again")
+    before, mended = _read_json(folder / "provenance.json"), []
+    changed = [name for name in identity if before and before.get(name) != identity[name]]
     if changed:
         raise ValueError(f"{folder.name} began with another {' and another '.join(c[:-5] for c in changed)} (hash "
                          f"{before.get(changed[0])}, now {identity[changed[0]]}): restore it, or delete the folder of "
                          "the run to start again")
+    if (folder / "DONE").exists() and damage(folder):
+        mended.append(f"it was done, but {damage(folder)}")
+    if (folder / SUMS).exists() and "rewards.parquet" in unsealed(folder):
+        (folder / "rewards.parquet").unlink(missing_ok=True)
+    if before:
+        checkpoint, passed_over = last_checkpoint(folder, params.num_iterations)
+        mended += passed_over
+    else:  # nothing says from which policy and data the checkpoints come
+        checkpoint, before = None, {"resumed_from": []}
+        mended += ["provenance.json is missing or cut off"] if (folder / "checkpoints").exists() else []
+    resumed_from = _step(checkpoint) if checkpoint else 0
+    if mended:
+        print(f"{folder.name}: {'; '.join(mended)}. Going on from step {resumed_from}.")
+    for file in ("DONE", SUMS, "metrics.parquet"):  # deleted, not overwritten: another study may hold a link to them
+        (folder / file).unlink(missing_ok=True)
+    for later in [*folder.glob("adapter"), *(p for p in _checkpoints(folder) if _step(p) > resumed_from)]:
+        shutil.rmtree(later)
+    drop_steps_from(folder / "rewards", resumed_from)
     record = provenance(**identity, seeds=params.model_dump(include={"seed", "noise_seed", "base_seed"}),
-                        resumed_from=before["resumed_from"] + ([resumed_from] if resumed_from else []))
+                        resumed_from=before["resumed_from"] + ([resumed_from] if resumed_from else []),
+                        mended=before.get("mended", []) + mended,
+                        code=(before.get("code", []) if resumed_from else []) + [code()])
     write_atomically(folder / "params.json", json.dumps(params.model_dump(), indent=1) + "\n")
-    write_atomically(file, json.dumps(record, indent=1) + "\n")
-    return record
+    write_atomically(folder / "provenance.json", json.dumps(record, indent=1) + "\n")
+    return record, checkpoint
 
 
-def last_checkpoint(folder: Path, every: int) -> Path | None:
-    """The newest complete checkpoint at a multiple of `every` steps, or None if there is no checkpoint at all.
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, newest step first. Not by their times: a clock can be wrong."""
+    return sorted((folder / "checkpoints").glob("checkpoint-*"), key=_step, reverse=True)
 
-    `every` is the number of optimiser steps on one batch of rollouts (num_iterations). TRL rebuilds its rollouts
-    when it resumes, so only such a step continues as if nothing had happened. ValueError if all are unaligned.
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def keep_checkpoint(folder: Path, step: int, keep: int = 2):
+    """Seal the checkpoint that was just written, and delete all but the newest `keep`.
+
+    Not left to the trainer, which takes the oldest by modification time: after a clock was set back, the newest.
     """
-    found = {}
-    for path in (folder / "checkpoints").glob("checkpoint-*"):
-        if (path / "trainer_state.json").exists() and (path / "optimizer.pt").exists():
-            found[int(path.name.split("-")[1])] = path
-    aligned = [step for step in found if step % every == 0]
+    path = folder / f"checkpoints/checkpoint-{step}"
+    seal(path, *sorted(f.name for f in path.iterdir() if f.name != SUMS))
+    for old in _checkpoints(folder)[keep:]:
+        shutil.rmtree(old)
+
+
+def last_checkpoint(folder: Path, every: int) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that can be resumed exactly, or None; and why newer ones were passed over.
+
+    It must be as it was sealed, at a multiple of `every` steps, and the reward log must be whole up to it. `every` is
+    the number of optimiser steps on one batch of rollouts (num_iterations): TRL rebuilds its rollouts when it resumes.
+    ValueError if there are checkpoints and none is at such a step.
+    """
+    found, logged, passed_over = _checkpoints(folder), logged_until(folder, every), []
+    aligned = [path for path in found if _step(path) % every == 0]
     if found and not aligned:
-        raise ValueError(f"{folder.name}: checkpoints at steps {sorted(found)} are not multiples of {every} "
-                         "(num_iterations), so none can be resumed exactly: delete the folder to start again")
-    return found[max(aligned)] if aligned else None
+        raise ValueError(f"{folder.name}: checkpoints at steps {sorted(map(_step, found))} are not multiples of "
+                         f"{every} (num_iterations), so none can be resumed exactly: delete the folder to start again")
+    for path in aligned:
+        wrong = unsealed(path)
+        if not wrong and _step(path) <= logged:
+            return path, passed_over
+        passed_over.append(f"{path.name}: {', '.join(wrong)} missing, cut off or changed" if wrong else
+                           f"{path.name}: the reward log is whole up to step {logged} only")
+    return None, passed_over
 
 
 def steps_in(params: Params, problems: int) -> int:
@@ -494,10 +612,6 @@ def steps_in(params: Params, problems: int) -> int:
 
 def provenance(**more) -> dict[str, Any]:
     """Commit, versions, machine and whatever the run adds. No user name, host name or path."""
-    def git(*args):
-        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
     versions = {}
     for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "ray", "papermill", "math-verify",
                  "numpy", "vllm", "unsloth"):
@@ -505,10 +619,24 @@ def provenance(**more) -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
+    return {**commit(), "python": platform.python_version(), "versions": versions, "cpu": cpu_name(),
+            "cores": os.cpu_count(), "gpu": gpu_name(), **more}
+
+
+def commit() -> dict[str, Any]:
+    """The commit of this code, and whether tracked files differ from it: None where it is not a git checkout.
+
+    On a node of a cluster the code came through Ray, and the sweep says what it was.
+    """
+    if "GRPO_NOISE_COMMIT" in os.environ:
+        return json.loads(os.environ["GRPO_NOISE_COMMIT"])
+
+    def git(*args):
+        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!outputs")
-    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": None if changed is None else bool(changed),
-            "python": platform.python_version(), "versions": versions, "cpu": cpu_name(), "cores": os.cpu_count(),
-            "gpu": gpu_name(), **more}
+    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": None if changed is None else bool(changed)}
 
 
 def cpu_name() -> str:
@@ -530,9 +658,10 @@ def peak_memory_mb() -> int:
     return peak // (1024 if platform.system() == "Linux" else 1024**2)
 
 
-def adapter_hash(folder: Path) -> str:
-    """sha256 of a run's final adapter weights."""
-    return hashlib.sha256((folder / "adapter/adapter_model.safetensors").read_bytes()).hexdigest()
+def adapter_hash(folder: Path) -> str | None:
+    """sha256 of a run's final adapter weights, or None if they are not there."""
+    file = folder / "adapter/adapter_model.safetensors"
+    return _sha256(file) if file.exists() else None
 
 
 def prove(folder: Path) -> tuple[int, pd.DataFrame]:
@@ -552,9 +681,43 @@ def prove(folder: Path) -> tuple[int, pd.DataFrame]:
     return len(log), log[other | log.index.isin(wrong.index)]
 
 
-def finish(folder: Path, record: dict[str, Any]):
-    """Complete provenance.json with the adapter's hash and peak memory, then write DONE: last of all, atomically."""
+def code(executed: list[str] | None = None) -> dict[str, str]:
+    """sha256 of the code cells of 02_train and of lib's modules, which tell apart runs from before and after an edit.
+
+    executed: the cells that this kernel executed (IPython's `In`), else those that are on disk. Cells of nothing but
+    assignments are left out: parameters are in params.json.
+    """
+    if executed is None:
+        cells = json.loads((ROOT / "notebooks/02_train.ipynb").read_text())["cells"]
+        executed = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    cells = [cell.strip() for cell in executed if cell.strip() and not _assignments(cell)]
+    return {"notebook": digest(cells, 64),
+            "lib": digest({path.name: _sha256(path) for path in (ROOT / "lib").glob("*.py")}, 64)}
+
+
+def code_note(code: pd.Series) -> str:
+    """A sentence if runs come from different code, else "". code: run_id -> what provenance records as `code`."""
+    kinds: dict[tuple, list[str]] = {}
+    for name, hashes in code.dropna().astype(str).str.findall(r"\b[0-9a-f]{64}\b").items():
+        for pair in sorted(set(zip(hashes[::2], hashes[1::2], strict=True))):
+            kinds.setdefault(pair, []).append(name)
+    if len(kinds) < 2:
+        return ""
+    return (f"The runs come from {len(kinds)} versions of 02_train and lib, so they may differ by more than their "
+            "parameters: " + "; ".join(
+                f"notebook {notebook[:8]}, lib {lib[:8]}: {len(names)} runs, such as {names[0]}"
+                for (notebook, lib), names in sorted(kinds.items(), key=lambda kind: -len(kind[1]))) + ".")
+
+
+def finish(folder: Path, record: dict[str, Any], executed: list[str]):
+    """Complete provenance.json with the executed code, the adapter's hash and peak memory, and seal the files.
+
+    DONE is written last of all, when everything else has reached the disk. executed: see `code`.
+    """
     record |= {"adapter_hash": adapter_hash(folder), "peak_memory_mb": peak_memory_mb()}
+    record["code"][-1]["notebook"] = code(executed)["notebook"]  # it may have been edited while this kernel started
     write_atomically(folder / "provenance.json", json.dumps(record, indent=1) + "\n")
+    adapter = [f"adapter/{file.name}" for file in sorted((folder / "adapter").iterdir())]
+    seal(folder, "params.json", "provenance.json", "rewards.parquet", "metrics.parquet", *adapter)
     (folder / "FAILED").unlink(missing_ok=True)
     write_atomically(folder / "DONE", record["adapter_hash"] + "\n")

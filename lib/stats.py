@@ -20,15 +20,35 @@ with Satterthwaite degrees of freedom (down to 92 % where both parts matter), an
 With more than one base policy the replicate is the (base_seed, seed) pair. Runs of one base policy are
 alike, so this interval is for new seeds of *these* base policies, not for new base policies.
 """
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from scipy import optimize, special, stats
 from statsmodels.stats.multitest import multipletests
 
 from lib import theory
+
+BLOCK = 512  # bootstrap resamples at a time
+
+
+class Answers(NamedTuple):
+    """Graded answers counted by (decoding, run_id) and sample_id: four tables of one shape, and each question's level.
+
+    `n` answers were given, `exact` and `symbolic` of them right; on `differ` of them the graders disagree.
+    n = 0: the run was not asked that question.
+    """
+    n: pd.DataFrame
+    exact: pd.DataFrame
+    symbolic: pd.DataFrame
+    differ: pd.DataFrame
+    level: pd.Series
 
 
 class Parts(NamedTuple):
@@ -70,11 +90,65 @@ class Trend(NamedTuple):
 
 # ---- from tables to arrays
 
-def accuracy_matrix(evals: pd.DataFrame, runs: pd.DataFrame, arm: str, decoding: str = "sampled",
+def write_answers(path: Path, tables: Iterable[tuple[str, pd.DataFrame]], run_ids: Iterable[str], rows: int = 2**20):
+    """Write eval.parquet from (run_id, table) pairs, of which about `rows` rows are held at a time: a row group.
+
+    `run_ids`: all that will come. A table has a row an answer: sample_id, level, type, decoding, sample, exact,
+    symbolic, method. The file appears when it is complete.
+    """
+    labels = dict.fromkeys(("sample_id", "level", "type", "decoding", "method"), "category")
+    names = pd.CategoricalDtype(sorted(run_ids))  # known before the first row group fixes the file's types
+
+    def groups() -> Iterator[pd.DataFrame]:
+        held = []
+        for run_id, table in tables:
+            if held and sum(map(len, held)) + len(table) > rows:
+                yield pd.concat(held, ignore_index=True)
+                held = []
+            held.append(table.assign(run_id=pd.Categorical([run_id], dtype=names).repeat(len(table))))
+        yield pd.concat(held, ignore_index=True)
+
+    part, writer = Path(path).with_suffix(".part"), None
+    for group in groups():
+        table = pa.Table.from_pandas(group.astype(labels | {"sample": "int8"}), preserve_index=False)
+        writer = writer or pq.ParquetWriter(part, table.schema, compression="zstd")
+        writer.write_table(table.cast(writer.schema))
+    writer.close()
+    os.replace(part, path)
+
+
+def count_answers(path: Path, rows: int = 2**18) -> Answers:
+    """Count the answers in eval.parquet, `rows` rows at a time: one pass for what is there, one for how often."""
+    file, keys = pq.ParquetFile(path), ["decoding", "run_id", "sample_id"]
+
+    def batches(*columns: str) -> Iterator[pd.DataFrame]:
+        for batch in file.iter_batches(rows, columns=[*keys, *columns]):
+            yield batch.to_pandas().astype(dict.fromkeys(keys, "category"))
+
+    found, level = {key: set() for key in keys}, {}
+    for batch in batches("level"):
+        for key in keys:
+            found[key].update(batch[key].unique())
+        level |= batch.drop_duplicates("sample_id").set_index("sample_id")["level"].to_dict()
+    axes = [pd.Index(sorted(found[key]), name=key) for key in keys]
+    counts = np.zeros((4, *map(len, axes)), np.uint16)
+    for batch in batches("exact", "symbolic"):
+        labels = [batch[key].cat for key in keys]
+        codes = [axis.get_indexer(of.categories)[of.codes] for axis, of in zip(axes, labels, strict=True)]
+        cell = np.ravel_multi_index(codes, counts.shape[1:])
+        exact, symbolic = batch["exact"].to_numpy(), batch["symbolic"].to_numpy()
+        for table, hit in zip(counts, (slice(None), exact, symbolic, exact != symbolic), strict=True):
+            np.add.at(table.reshape(-1), cell[hit], 1)
+    who = pd.MultiIndex.from_product(axes[:2])
+    return Answers(*(pd.DataFrame(t.reshape(len(who), -1), who, axes[2]) for t in counts),
+                   pd.Series(level, name="level").rename_axis("sample_id").astype(str))
+
+
+def accuracy_matrix(answers: Answers, runs: pd.DataFrame, arm: str, decoding: str = "sampled",
                     grader: str = "exact") -> pd.DataFrame:
     """Accuracies of one arm: a row a (base_seed, seed), a column a sample_id, mean over the k samples.
 
-    `evals` is eval.parquet, `runs` any table with run_id, arm, base_seed and seed (summary.csv).
+    `runs` is any table with run_id, arm, base_seed and seed (summary.csv).
     Raises ValueError for an unknown arm, grader or decoding, two runs with one seed, or uneven questions.
     """
     if grader not in ("exact", "symbolic"):
@@ -86,17 +160,19 @@ def accuracy_matrix(evals: pd.DataFrame, runs: pd.DataFrame, arm: str, decoding:
     if len(twice):
         raise ValueError(f"arm {arm!r} has several runs with one (base_seed, seed): {list(twice['run_id'])}. "
                          "They differ in another parameter: keep one setting before comparing arms.")
-    rows = evals[evals["run_id"].isin(chosen["run_id"]) & (evals["decoding"] == decoding)]
-    missing = sorted(set(chosen["run_id"]) - set(rows["run_id"].unique()))
+    rows = pd.MultiIndex.from_product([[decoding], chosen["run_id"]])
+    asked = answers.n.reindex(rows, fill_value=0).droplevel(0)
+    missing = sorted(asked.index[~asked.any(axis=1)])
     if missing:
         raise ValueError(f"arm {arm!r}: no {decoding!r} rows in the eval table for {missing}; "
                          "run 03_eval again")
-    table = rows.groupby(["run_id", "sample_id"], observed=True)[grader].mean().unstack("sample_id")
-    if table.isna().any(axis=None):
-        counts = table.notna().sum(axis=1).to_dict()
+    asked = asked.loc[:, asked.any()]
+    if not asked.all(axis=None):
+        counts = (asked > 0).sum(axis=1).to_dict()
         raise ValueError(f"arm {arm!r}: runs answered different questions, (run: questions) {counts}; "
                          "evaluate every run on the same test split")
-    table.index = pd.MultiIndex.from_frame(chosen.set_index("run_id").loc[table.index, ["base_seed", "seed"]])
+    table = getattr(answers, grader).loc[rows, asked.columns].droplevel(0) / asked
+    table.index = pd.MultiIndex.from_frame(chosen[["base_seed", "seed"]])
     return table.sort_index()
 
 
@@ -105,8 +181,8 @@ def pair(clean: pd.DataFrame, noisy: pd.DataFrame) -> tuple[np.ndarray, np.ndarr
 
     The questions must be the same: a partial evaluation is an error, a missing seed is only counted.
     """
-    if set(clean.columns) != set(noisy.columns):
-        only = sorted(set(clean.columns) ^ set(noisy.columns))
+    only = [] if clean.columns.equals(noisy.columns) else list(clean.columns.symmetric_difference(noisy.columns))
+    if only:
         raise ValueError(f"the two arms answered different questions; {len(only)} in one arm only, "
                          f"such as {only[:3]}")
     both = clean.index.intersection(noisy.index)
@@ -138,41 +214,80 @@ def variance_parts(acc: np.ndarray) -> Parts:
     return Parts(by_seed.var(ddof=1) / n, max(by_question.var(ddof=1) / q - rest_part, 0.0), rest_part, n, q)
 
 
-def resample_weights(n: int, n_boot: int, rng: np.random.Generator) -> np.ndarray:
-    """(n_boot, n) weights of `n` items drawn with replacement; each row sums to 1."""
-    return rng.multinomial(n, np.full(n, 1 / n), size=n_boot) / n
+@lru_cache(maxsize=4)
+def resample_counts(seeds: int, questions: int, n_boot: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each seed (n_boot, seeds) and each question (n_boot, questions) is drawn, with replacement.
 
-
-def bootstrap_parts(statistic: Callable, seeds: int, questions: int, n_boot: int = 2000,
-                    seed: int = 0) -> Parts:
-    """Parts of any statistic(seed weights (B, n), question weights (B, Q)) -> (B,), by two-level bootstrap.
-
-    Three runs of resamples (seeds only, questions only, both) separate the parts; n/(n-1) and Q/(Q-1)
-    undo the bias of resampling few items. A weight array may have one row, which is broadcast.
+    Kept, because arms of one shape share their draws; 2 bytes a count.
     """
+    rng = np.random.default_rng(seed)
+    both = []
+    for n in (seeds, questions):
+        counts = np.empty((n_boot, n), np.min_scalar_type(n))
+        for block in np.array_split(counts, -(-n_boot // BLOCK)):  # the draws of one call, without its 8 bytes a count
+            block[:] = rng.multinomial(n, np.full(n, 1 / n), size=len(block))
+        counts.flags.writeable = False
+        both.append(counts)
+    return tuple(both)
+
+
+def resampled_shares(acc: np.ndarray, n_boot: int = 2000, seed: int = 0) -> tuple[np.ndarray, ...]:
+    """Shares of the distinct values of `acc` (seeds, questions) in two-level resamples, without making the resamples.
+
+    Returns the V values, and for resampled seeds, questions, and both, the shares (n_boot, V), exact: V matrix
+    products count how often each seed shows a value among the drawn questions.
+    """
+    values, codes = np.unique(acc, return_inverse=True)  # k samples allow k + 1 values only
+    codes = codes.reshape(acc.shape)
+    by_seed, by_question = resample_counts(*acc.shape, n_boot, seed)
+    shares = np.empty((3, n_boot, len(values)))
+    for v in range(len(values)):
+        here = (codes == v).astype(np.float32)  # whole numbers, exact below 2^24 questions
+        shares[0, :, v] = by_seed @ here.sum(axis=1, dtype=float)
+        for start in range(0, n_boot, BLOCK):
+            block = slice(start, start + BLOCK)
+            count = (by_question[block].astype(np.float32) @ here.T).astype(float)
+            shares[1, block, v] = count.sum(axis=1)
+            shares[2, block, v] = np.einsum("bs,bs->b", count, by_seed[block])
+    return values, *shares / acc.size
+
+
+def bootstrap_parts(acc: np.ndarray, statistic: Callable, n_boot: int = 2000, seed: int = 0) -> Parts:
+    """Parts of a statistic of the values in `acc` (seeds, questions), by two-level bootstrap.
+
+    statistic(values (V,), shares (B, V)) -> (B,), such as `mean_of`. Three runs of resamples (seeds only, questions
+    only, both) separate the parts; n/(n-1) and Q/(Q-1) undo the bias of resampling few items.
+    """
+    acc = np.asarray(acc, dtype=float)
+    seeds, questions = acc.shape
     if seeds < 2:
         return Parts(np.nan, np.nan, np.nan, seeds, questions)
-    rng = np.random.default_rng(seed)
-    w_seed, w_question = (resample_weights(m, n_boot, rng) for m in (seeds, questions))
-    even_seed, even_question = np.full((1, seeds), 1 / seeds), np.full((1, questions), 1 / questions)
-    v_seed, v_question = statistic(w_seed, even_question).var(), statistic(even_seed, w_question).var()
-    v_rest = max(statistic(w_seed, w_question).var() - v_seed - v_question, 0.0)
+    values, *shares = resampled_shares(acc, n_boot, seed)
+    v_seed, v_question, v_both = (statistic(values, share).var() for share in shares)
+    v_rest = max(v_both - v_seed - v_question, 0.0)
     f_seed, f_question = seeds / (seeds - 1), questions / (questions - 1)
     return Parts(f_seed * v_seed, max(f_question * (v_question - f_seed * v_rest), 0.0),
                  f_seed * f_question * v_rest, seeds, questions)
 
 
-def weighted_mean(acc: np.ndarray) -> Callable:
-    """The mean of `acc` (seeds, questions) as a statistic of resampling weights."""
-    return lambda w_seed, w_question: ((w_seed @ acc) * w_question).sum(axis=1)
+def mean_of(values: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """The mean of a distribution, a statistic for `bootstrap_parts`."""
+    return shares @ values
+
+
+def middle_mean(values: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """The interquartile mean of a distribution: the mean of its middle half."""
+    top = np.cumsum(shares, axis=1)
+    inside = np.clip(top, 0.25, 0.75) - np.clip(top - shares, 0.25, 0.75)
+    return inside @ values / 0.5
 
 
 def naive_percentile(acc: np.ndarray, n_boot: int = 2000, level: float = 0.95,
                      seed: int = 0) -> tuple[float, float]:
     """The plain two-level percentile interval, kept for comparison only: it undercovers with few seeds."""
-    rng = np.random.default_rng(seed)
-    weights = [resample_weights(m, n_boot, rng) for m in acc.shape]
-    low, high = np.quantile(weighted_mean(acc)(*weights), [(1 - level) / 2, (1 + level) / 2])
+    by_seed, by_question = resample_counts(*acc.shape, n_boot, seed)
+    means = ((by_question @ acc.T) * by_seed).sum(axis=1) / acc.size
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
@@ -275,8 +390,10 @@ def binomial_interval(successes: int, trials: int, level: float = 0.95) -> tuple
     """(rate, low, high): exact Clopper-Pearson interval for a count of independent draws; (NaN, 0, 1) for no draw."""
     if trials == 0:
         return float("nan"), 0.0, 1.0
-    ci = stats.binomtest(int(successes), int(trials)).proportion_ci(level, method="exact")
-    return successes / trials, float(ci.low), float(ci.high)
+    k, n = int(successes), int(trials)
+    low = special.betaincinv(k, n - k + 1, (1 - level) / 2) if k else 0.0
+    high = special.betaincinv(k + 1, n - k, (1 + level) / 2) if k < n else 1.0
+    return k / n, float(low), float(high)
 
 
 # ---- aggregates of rliable (Agarwal et al. 2021, arXiv 2108.13264), with questions as tasks
@@ -284,16 +401,7 @@ def binomial_interval(successes: int, trials: int, level: float = 0.95) -> tuple
 def iqm(acc: np.ndarray, n_boot: int = 2000, level: float = 0.95, seed: int = 0) -> Interval:
     """Interquartile mean over all (seed, question) accuracies: the mean of the middle half."""
     acc = np.asarray(acc, dtype=float)
-    values, codes = np.unique(acc, return_inverse=True)  # k samples allow k+1 values only, so this is short
-    codes = codes.reshape(acc.shape)
-
-    def statistic(w_seed: np.ndarray, w_question: np.ndarray) -> np.ndarray:
-        mass = np.stack([weighted_mean(codes == v)(w_seed, w_question) for v in range(len(values))], axis=1)
-        top = np.cumsum(mass, axis=1)
-        inside = np.clip(top, 0.25, 0.75) - np.clip(top - mass, 0.25, 0.75)
-        return inside @ values / 0.5
-
-    parts = bootstrap_parts(statistic, *acc.shape, n_boot, seed)
+    parts = bootstrap_parts(acc, middle_mean, n_boot, seed)
     return interval(stats.trim_mean(acc, 0.25, axis=None), parts, level)
 
 
@@ -306,11 +414,13 @@ def probability_of_improvement(x: np.ndarray, y: np.ndarray, level: float = 0.95
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"x and y must share their questions, got shapes {x.shape} and {y.shape}")
-    wins = (np.sign(x[:, None] - y[None]) + 1) / 2
-    of_x, of_y = variance_parts(wins.mean(axis=1)), variance_parts(wins.mean(axis=0))
+    ranks = stats.rankdata(np.concatenate([x, y]), axis=0)  # less the rank in its own arm: how many others lie below
+    x_wins = (ranks[:len(x)] - stats.rankdata(x, axis=0)) / len(y)
+    y_loses = 1 - (ranks[len(x):] - stats.rankdata(y, axis=0)) / len(x)
+    of_x, of_y = variance_parts(x_wins), variance_parts(y_loses)
     parts = Parts(of_x.seed + of_y.seed, min(of_x.question, of_y.question), of_x.rest + of_y.rest,
                   min(len(x), len(y)), x.shape[1])
-    found = interval(wins.mean(), parts, level)
+    found = interval(x_wins.mean(), parts, level)
     return found._replace(low=float(np.clip(found.low, 0, 1)), high=float(np.clip(found.high, 0, 1)))
 
 

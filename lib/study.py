@@ -24,13 +24,13 @@ def execute(notebook: str, folder: Path, console: Console, name: str | None = No
 
     target = folder / f"{name or notebook}.ipynb"
     folder.mkdir(parents=True, exist_ok=True)
-    began = time.time()
+    began = time.monotonic()
     try:
         papermill.execute_notebook(f"notebooks/{notebook}.ipynb", os.path.relpath(target), parameters,
                                    kernel_name="python3", progress_bar=False, cwd=str(ROOT))
     except papermill.PapermillExecutionError as e:
         raise RuntimeError(f"{notebook} stopped: {e.ename}: {e.evalue}\nsee {data.shown(target)}") from None
-    console.print(f"{notebook}: {time.time() - began:.0f} s")
+    console.print(f"{notebook}: {time.monotonic() - began:.0f} s")
 
 
 def prepare(grid: list[runs.Params], folder: Path, console: Console) -> None:
@@ -88,10 +88,11 @@ def print_results(folder: Path, console: Console, about: runs.Params):
 
 
 def main(argv=None) -> int:
-    """Command line; the exit status is 1 if a run failed and 2 if something was refused or a notebook stopped."""
+    """Command line; exit status 1 if a run failed, 2 if something was refused or a notebook stopped, 130 if stopped."""
     parser = argparse.ArgumentParser(prog="python -m lib.study", description=__doc__.splitlines()[0])
     parser.add_argument("study")
     parser.add_argument("--profile", default="tiny")
+    parser.add_argument("--report", action="store_true", help="execute no run: evaluate and analyse what is finished")
     sweep.add_options(parser)
     args = parser.parse_args(argv)
     os.chdir(ROOT)
@@ -100,8 +101,10 @@ def main(argv=None) -> int:
         study, grid = runs.load_study(args.study, args.profile)
         folder = runs.WORK / grid[0].output_dir
         sweep.announce(study, grid, console)
-        prepare(grid, folder, console)
-        failed = sweep.run_grid(grid, console=console, **sweep.options(args))
+        failed = {}
+        if not args.report:
+            prepare(grid, folder, console)
+            failed = sweep.run_grid(grid, console=console, **sweep.options(args))
         for notebook, stamp, reads in (("03_eval", ".evaluated", ("03_eval",)),
                                        ("04_analysis", ".analysed", ("03_eval", "04_analysis"))):
             seen, now = folder / "runs" / stamp, state(study, grid, *reads)
@@ -113,6 +116,8 @@ def main(argv=None) -> int:
             runs.write_atomically(seen, now)
             if notebook == "04_analysis":
                 to_html(folder / "04_analysis.ipynb")
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, RuntimeError, OSError) as e:
         print(e, file=sys.stderr)
         return 2

@@ -5,177 +5,394 @@ their last checkpoint, and a run that fails leaves its executed notebook and doe
 """
 
 import argparse
+import fcntl
 import json
 import os
 import shutil
+import signal
+import socket
+import subprocess
 import sys
+import threading
 import time
+import uuid
+from collections import Counter, deque
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from lib import BUILT_HERE, data, engines, runs
+from lib import BUILT_HERE, ROOT, cluster, data, engines, runs
+from lib.cluster import execute
 
-NO_RETRY = ("ValueError", "FileNotFoundError")  # the same parameters would fail in the same way
-
-
-def execute(params: dict, gpu_share: float = 0) -> dict:
-    """Execute one run in this process: {"status": "done" | "failed", "message": ..., "retry": ...}."""
-    os.environ |= {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "GRPO_NOISE_GPU_SHARE": str(gpu_share or 1)}
-    if not gpu_share:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a run without a part of a GPU leaves it alone
-    import papermill
-    from papermill.exceptions import PapermillExecutionError
-
-    folder = runs.Params(**params).folder
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        papermill.execute_notebook(str(runs.ROOT / "notebooks/02_train.ipynb"), str(folder / "notebook.ipynb"), params,
-                                   kernel_name="python3", progress_bar=False, cwd=str(runs.ROOT))
-        return {"status": "done"}
-    except PapermillExecutionError as e:
-        message, retry = f"{e.ename}: {e.evalue}", e.ename not in NO_RETRY
-    except Exception as e:  # the kernel died, the disk is full, ...: this run failed, the others go on
-        message, retry = f"{type(e).__name__}: {e}", True
-    if any(words in message for words in engines.OUT_OF_MEMORY):
-        message, retry = f"{message.splitlines()[0][:200]} ... {engines.ADVICE}", False
-    runs.write_atomically(folder / "FAILED", message + "\n")
-    return {"status": "failed", "message": message, "retry": retry}
+CLAIMS = ".sweeps/claims"  # below the runs of a study
+LOOK_AGAIN = 2  # seconds between two looks at runs that another process executes
 
 
-def reuse(params: runs.Params) -> bool:
-    """Take over the same finished run from another study: same parameters, same base policy, same data.
-
-    Only for policies that were built here, whose hash is known without loading them. Files are hard links.
-    """
-    if params.model not in BUILT_HERE or runs.status(params.folder) == "running":
-        return False
-    for done in runs.OUTPUTS.glob(f"*/runs/{runs.run_id(params)}/DONE"):
-        if done.parent != params.folder and not stale(done.parent, params):
-            part = params.folder.with_name(params.folder.name + ".part")
-            shutil.rmtree(part, ignore_errors=True)
-            shutil.copytree(done.parent, part, copy_function=os.link, ignore=shutil.ignore_patterns(".lock"))
-            shutil.rmtree(params.folder, ignore_errors=True)
-            os.replace(part, params.folder)
-            return True
-    return False
+# --- what there is to do ----------------------------------------------------------------------------------------
 
 
-def stale(folder: Path, params: runs.Params) -> str | None:
-    """Which input a finished run does not share with today's: "base policy", "data", or None.
-
-    The base policy is compared if it was built here, since its hash is then known without loading it.
-    """
-    record = json.loads((folder / "provenance.json").read_text())
-    policy = runs.WORK / f"models/{params.model}-s{params.base_seed}/policy.json"
-    if policy.exists() and record["policy_hash"] != json.loads(policy.read_text())["hash"]:
-        return "base policy"
-    return "data" if record["data_hash"] != data.data_hash(params.data_dir) else None
-
-
-def run_grid(grid: list[runs.Params], address: str | None = None, cpus_per_run: float = 1,
-             gpus_per_run: float | None = None, max_retries: int = 1, console: Console | None = None) -> dict[str, str]:
-    """Execute all cells that are not done; returns {run_id: message} of those that failed.
-
-    gpus_per_run: None is a whole GPU for an engine that needs one, and for all but the tiny policy where there is one.
-    """
-    console = console or Console()
+def check(grid: list[runs.Params], address: str | None, gpus_per_run: float | None) -> float:
+    """The part of a GPU for each run. ValueError or FileNotFoundError if an engine or an input is not there."""
     if gpus_per_run is None:
-        here = not address and engines.gpu_query("name") and any(p.model != "tiny" for p in grid)
+        here = not address and any(p.model != "tiny" for p in grid) and engines.gpu_query("name")
         gpus_per_run = float(bool(here) or any(p.engine != "transformers" for p in grid))
     for engine in sorted({p.engine for p in grid}):
         if not address:  # the nodes of a cluster are not this machine: there the run itself looks
             engines.check(engine, min(1.0, gpus_per_run))
         if engine != "transformers" and not gpus_per_run:
             raise ValueError(f"engine={engine!r} needs a part of a GPU: give --gpus-per-run, such as 0.25")
-    for p in {(p.data_dir, p.model, p.base_seed): p for p in grid}.values():
+    for p in {inputs_of(p): p for p in grid}.values():
         runs.check_inputs(p)
-    for p in grid:
-        changed = runs.status(p.folder) == "done" and stale(p.folder, p)
+    return gpus_per_run
+
+
+def statuses(names: list[str], study_runs: Path) -> dict[str, str]:
+    """{run_id: status}; "running" is also a run that another sweep has claimed."""
+    there = set(os.listdir(study_runs)) if study_runs.exists() else set()
+    found = {name: runs.status(study_runs / name) if name in there else "missing" for name in names}
+    file = study_runs / CLAIMS
+    if file.exists():
+        with open(file) as claimed:
+            for name in [n for n, s in found.items() if s not in ("done", "running")]:
+                if not claim(claimed, name, fcntl.LOCK_SH):
+                    found[name] = "running"
+    return found
+
+
+def inputs_of(p: runs.Params) -> tuple:
+    """What names the data and the base policy of a run."""
+    return p.data_dir, p.model, p.base_seed
+
+
+def identities(grid: list[runs.Params]) -> dict[tuple, dict[str, str]]:
+    """Today's hashes of the data and the base policies of a grid, each computed once.
+
+    A base policy has a hash here if it was built here, since it is then known without loading it.
+    """
+    known, hashes = {}, {data_dir: data.data_hash(data_dir) for data_dir in {p.data_dir for p in grid}}
+    for data_dir, model, base_seed in {inputs_of(p) for p in grid}:
+        policy = runs.WORK / f"models/{model}-s{base_seed}/policy.json"
+        known[data_dir, model, base_seed] = {"data": hashes[data_dir]} | (
+            {"base policy": json.loads(policy.read_text())["hash"]} if policy.exists() else {})
+    return known
+
+
+def stale(folder: Path, identity: dict[str, str]) -> str | None:
+    """Which input a finished run does not share with today's: "base policy", "data", or None."""
+    record = json.loads((folder / "provenance.json").read_text())
+    trained_from = {"base policy": record["policy_hash"], "data": record["data_hash"]}
+    return next((what for what in identity if identity[what] != trained_from[what]), None)
+
+
+def reuse(folder: Path, elsewhere: list[Path], identity: dict[str, str]) -> bool:
+    """Take over the same finished run from another study: same parameters, policy and data. Files are hard links."""
+    for done in elsewhere:
+        if done != folder and runs.status(done) == "done" and not stale(done, identity):
+            part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(done, part, copy_function=os.link, ignore=shutil.ignore_patterns(".lock"))
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(part, folder)
+            return True
+    return False
+
+
+# --- two sweeps at once -----------------------------------------------------------------------------------------
+
+
+def claim(file, name: str, kind: int = fcntl.LOCK_EX) -> bool:
+    """Whether this process now has the run `name` to itself: one byte of the study's file of claims is locked.
+
+    The system frees the byte when the process ends, however it ends. LOCK_UN gives it back.
+    """
+    try:
+        fcntl.lockf(file, kind | fcntl.LOCK_NB, 1, int(name[-8:], 16))
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+# --- the sweep --------------------------------------------------------------------------------------------------
+
+
+def run_grid(grid: list[runs.Params], address: str | None = None, cpus_per_run: float = 1,
+             gpus_per_run: float | None = None, max_retries: int = 1, console: Console | None = None) -> dict[str, str]:
+    """Execute all cells of a study that are not done; returns {run_id: message} of those that failed.
+
+    gpus_per_run: None is a whole GPU for an engine that needs one, and for all but the tiny policy where there is one.
+    KeyboardInterrupt after Ctrl-C or SIGTERM, when the running runs have been stopped.
+    """
+    console = console or Console()
+    gpus_per_run = check(grid, address, gpus_per_run)
+    cells, study_runs = {runs.run_id(p): p for p in grid}, runs.WORK / grid[0].output_dir / "runs"
+    identity = identities(grid)
+    board = statuses(list(cells), study_runs)
+    for name in [n for n, s in board.items() if s == "done"]:
+        changed = stale(study_runs / name, identity[inputs_of(cells[name])])
         if changed:
-            raise ValueError(f"{runs.run_id(p)} was trained from another {changed} than the one that is there now: "
-                             f"restore it, or delete {p.output_dir}/runs to run the study again")
-    todo = [p for p in grid if runs.status(p.folder) != "done"]
-    reused = [p for p in todo if reuse(p)]
-    todo = [p for p in todo if p not in reused]
-    if reused:
-        console.print(f"{len(reused)} runs were finished in another study and are taken over from there.")
-    board = {runs.run_id(p): "waiting" if p in todo else "done" for p in grid}
-    if not todo:
-        console.print(f"All {len(grid)} runs are done: nothing to do.")
-        return {}
+            raise ValueError(f"{name} was trained from another {changed} than the one that is there now: "
+                             f"restore it, or delete {grid[0].output_dir}/runs to run the study again")
+    for name in [n for n, s in board.items() if s == "damaged"]:
+        console.print(f"{name} was done, but {runs.damage(study_runs / name)}: it is started again.")
+    (study_runs / CLAIMS).parent.mkdir(parents=True, exist_ok=True)
+    with open(study_runs / CLAIMS, "a") as file:
+        todo = [name for name, s in board.items() if s != "done"]
+        taken = take_over(todo, cells, identity, study_runs, file)
+        if taken:
+            console.print(f"{len(taken)} runs were finished in another study and are taken over from there.")
+        board |= dict.fromkeys(todo, "waiting") | dict.fromkeys(taken, "done")
+        if set(board.values()) == {"done"}:
+            console.print(f"All {len(grid)} runs are done: nothing to do.")
+            return {}
+        sweep = Sweep(cells, board, study_runs, file, console, max_retries)
+        with stop_signals() as stop, connected(address) as ray:
+            sweep.work(ray, stop, address, {"CPU": cpus_per_run, "GPU": gpus_per_run})
+        return sweep.failed
+
+
+def take_over(todo: list[str], cells: dict[str, runs.Params], identity: dict, study_runs: Path, file) -> list[str]:
+    """Those of the runs that another study has finished and that are now in this one as well.
+
+    Only for policies that were built here, whose hash is known without loading them.
+    """
+    names, found = {name for name in todo if cells[name].model in BUILT_HERE}, {}
+    for done in runs.OUTPUTS.glob("*/runs/*/DONE") if names else ():
+        if done.parent.name in names:
+            found.setdefault(done.parent.name, []).append(done.parent)
+    taken = []
+    for name, elsewhere in found.items():
+        if claim(file, name):
+            if runs.status(study_runs / name) not in ("running", "done") and not runs.stranger(study_runs / name):
+                taken += [name] * reuse(study_runs / name, elsewhere, identity[inputs_of(cells[name])])
+            claim(file, name, fcntl.LOCK_UN)
+    return taken
+
+
+@contextmanager
+def connected(address: str | None):
+    """Ray: a cluster that is there, or one of this machine's own that ends with the sweep.
+
+    The nodes of a cluster get this project's code, as it is now, from Ray.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")
-    task = ray.remote(num_cpus=cpus_per_run, num_gpus=gpus_per_run, max_retries=0)(execute)
-    has, needs = ray.cluster_resources(), {"CPU": cpus_per_run, "GPU": gpus_per_run}
-    for what, each in needs.items():
-        if each > has.get(what, 0):  # Ray would wait for such a node for ever
+    environment = None
+    if address:
+        environment = {"working_dir": str(ROOT), "excludes": ["/*", "!/lib", "!/notebooks", "!/params", "__pycache__"],
+                       "env_vars": {"GRPO_NOISE_COMMIT": json.dumps(runs.commit())}}
+    if address and address.rpartition(":")[2].isdigit() and "//" not in address:  # Ray itself takes minutes to say so
+        try:
+            socket.create_connection(address.rsplit(":", 1), timeout=10).close()
+        except OSError as e:
+            raise ConnectionError(f"--address {address}: no Ray cluster answers ({e})") from None
+    for tries in (2, 1, 0):
+        try:
+            ray.init(address=address or "local", include_dashboard=None if address else False, log_to_driver=False,
+                     logging_level="error", runtime_env=environment)
+            break
+        except ConnectionError as e:
+            raise ConnectionError(f"--address {address}: no Ray cluster answers ({str(e).splitlines()[0]})") from None
+        except Exception as e:  # Ray gives its own processes 30 s to start, which a busy machine may exceed
             ray.shutdown()
-            raise ValueError(f"--{what.lower()}s-per-run {each:g}: there are {has.get(what, 0):g} {what}s here")
-    slots = max(1, int(min((has[what] / each for what, each in needs.items() if each), default=len(todo))))
-    began, took, failed, tries = time.time(), [], {}, {}
-    waiting, running = list(todo), {}
+            if not tries or "timed out" not in str(e):
+                raise RuntimeError(f"Ray did not start: {e}") from None
     try:
-        with Live(console=console, refresh_per_second=2, transient=True) as live:
-            while waiting or running:
-                while waiting and len(running) < slots:
-                    p = waiting.pop(0)
-                    tries[runs.run_id(p)] = tries.get(runs.run_id(p), 0) + 1
-                    running[task.remote(p.model_dump(), gpus_per_run)] = (p, time.time())
-                    board[runs.run_id(p)] = "running"
-                live.update(progress(board, took, len(waiting) + len(running), slots, began))
-                ready, _ = ray.wait(list(running), timeout=1)
-                for ref in ready:
-                    p, since = running.pop(ref)
-                    name = runs.run_id(p)
-                    try:
-                        result = ray.get(ref)
-                    except Exception as e:  # the worker process itself was killed
-                        result = {"status": "failed", "message": f"{type(e).__name__}: {e}", "retry": True}
-                    if result["status"] == "failed" and result["retry"] and tries[name] <= max_retries:
-                        waiting.append(p)
-                        board[name] = "waiting"
-                        continue
-                    took.append(time.time() - since)
-                    board[name] = result["status"]
-                    if result["status"] == "failed":
-                        failed[name] = result["message"]
-                    done = sum(s == "done" for s in board.values())
-                    console.print(f"{done:4}/{len(grid)} done  {name}  {result['status']}  {took[-1]:.0f} s")
+        yield ray
     finally:
         ray.shutdown()
-    console.print(f"{len(took)} runs in {time.time() - began:.0f} s, {slots} at a time")
-    return failed
 
 
-def progress(board: dict[str, str], took: list[float], left: int, slots: int, began: float) -> Table:
+@contextmanager
+def stop_signals():
+    """A list that Ctrl-C or SIGTERM fills. A second signal ends the process at once, and Ray with it."""
+    stop = []
+
+    def on_signal(number, _):
+        if stop:
+            os._exit(128 + number)
+        stop.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    import ray  # noqa: F401  (it sets a handler of its own)
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Sweep:
+    """The cells of a study on their way from waiting to done or failed. `board` says where each of them is."""
+
+    def __init__(self, cells, board, study_runs, file, console, max_retries):
+        self.cells, self.board, self.study_runs, self.file = cells, board, study_runs, file
+        self.console, self.max_retries = console, max_retries
+        self.waiting = deque(name for name, s in board.items() if s == "waiting")
+        self.running, self.tries, self.took, self.clean, self.failed = {}, Counter(), [], [], {}
+        self.site, self.inputs, self.looked, self.began = None, None, 0.0, time.monotonic()
+
+    def work(self, ray, stop: list, address: str | None, needs: dict[str, float]):
+        """Keep as many tasks running as there is room for, until no cell is left or `stop` is filled."""
+        self.ray, self.gpu_share = ray, needs["GPU"]
+        task = ray.remote(num_cpus=needs["CPU"], num_gpus=needs["GPU"], max_retries=0)(execute)
+        room(ray, needs, refuse=True)
+        marker = self.study_runs / f".sweeps/{uuid.uuid4().hex}"
+        if address:
+            hashes = runs.digest(sorted(map(str, identities(list(self.cells.values())).items())), 16)
+            self.site = {"work": str(runs.WORK), "marker": str(marker.relative_to(runs.WORK)), "inputs": hashes}
+            marker.touch()
+        try:
+            with Live(console=self.console, refresh_per_second=2, transient=True) as live:
+                while not stop and (self.waiting or self.running or "elsewhere" in self.board.values()):
+                    slots = room(ray, needs)
+                    while self.waiting and len(self.running) < slots:
+                        self.start(task, self.waiting.popleft())
+                    if time.monotonic() - self.looked > LOOK_AGAIN:
+                        self.look_elsewhere()
+                    live.update(progress(self.board, self.took, self.clean, slots, self.began))
+                    ready = ray.wait(list(self.running), timeout=1)[0] if self.running else time.sleep(0.5)
+                    for ref in ready or ():
+                        self.settle(ref)
+            if stop:
+                self.stop()
+        finally:
+            marker.unlink(missing_ok=True)
+        self.console.print(f"{len(self.took)} runs in {time.monotonic() - self.began:.0f} s, up to {slots} at a time")
+
+    def start(self, task, name: str):
+        """Submit a run, unless another process has it."""
+        p, folder = self.cells[name], self.study_runs / name
+        mine = claim(self.file, name)
+        now = runs.status(folder) if mine else "running"
+        if now in ("done", "running"):
+            self.board[name] = "done" if now == "done" else "elsewhere"
+            if mine:
+                claim(self.file, name, fcntl.LOCK_UN)
+            return
+        self.tries[name] += 1
+        site = self.site and self.site | {"parcel": self.inputs and (
+            self.inputs, cluster.pack({folder: "."}) if now != "missing" else None)}
+        self.running[task.remote(p.model_dump(), self.gpu_share, site)] = name, time.monotonic()
+        self.board[name] = "running"
+
+    def settle(self, ref):
+        """Take the result of a task: the run is done, is tried again, or has failed."""
+        name, since = self.running.pop(ref)
+        try:
+            result = self.ray.get(ref)
+            if "files" in result:
+                cluster.receive(result["files"], self.study_runs / name)
+        except Exception as e:  # the worker or its node is gone, or the folder did not arrive
+            result = {"status": "failed", "message": f"{type(e).__name__}: {e}", "retry": True}
+        if result["status"] == "send":  # a node without this file system: from now on, tasks bring what it needs
+            self.inputs = self.inputs or cluster.pack(cluster.input_folders(list(self.cells.values())))
+            self.tries[name] -= 1
+        if result["status"] == "send" or (
+                result["status"] == "failed" and result["retry"] and self.tries[name] <= self.max_retries):
+            self.waiting.append(name)
+            self.board[name] = "waiting"
+            return
+        self.took.append(time.monotonic() - since)
+        self.clean += [result["clean"]] if "clean" in result else []
+        self.end(name, result["status"], result.get("message", ""), f"{self.took[-1]:.0f} s")
+        claim(self.file, name, fcntl.LOCK_UN)
+
+    def end(self, name: str, status: str, message: str, remark: str):
+        """Note that a run is done or has failed."""
+        self.board[name] = status
+        if status == "failed":
+            self.failed[name] = message
+        done = sum(s == "done" for s in self.board.values())
+        self.console.print(f"{done:4}/{len(self.board)} done  {name}  {status}  {remark}")
+
+    def look_elsewhere(self):
+        """What has become of runs that other processes execute? One that was given up there is ours to do."""
+        for name in [n for n, s in self.board.items() if s == "elsewhere"]:
+            if not claim(self.file, name):
+                continue
+            now, folder = runs.status(self.study_runs / name), self.study_runs / name
+            claim(self.file, name, fcntl.LOCK_UN)
+            if now in ("done", "failed"):
+                self.end(name, now, (folder / "FAILED").read_text() if now == "failed" else "", "by another process")
+            elif now != "running":
+                self.waiting.append(name)
+                self.board[name] = "waiting"
+        self.looked = time.monotonic()
+
+    def stop(self):
+        """Kill the running tasks and wait until their kernels are gone. KeyboardInterrupt, always."""
+        names = [name for name, _ in self.running.values()]
+        for ref in self.running:
+            self.ray.cancel(ref, force=True)
+        until = time.monotonic() + 10
+        while time.monotonic() < until and any(runs.status(self.study_runs / name) == "running" for name in names):
+            time.sleep(0.2)
+        count = Counter(self.board.values())
+        self.console.print(f"Stopped: {count['done']} of {len(self.board)} runs are done, {count['failed']} failed, "
+                           f"{len(names)} were cut off, {count['waiting'] + count['elsewhere']} had not begun here. "
+                           "The same command goes on from the last checkpoints.")
+        raise KeyboardInterrupt
+
+
+def room(ray, needs: dict[str, float], refuse: bool = False) -> int:
+    """How many runs fit on the nodes that are there now. ValueError if `refuse` and no node can take even one."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for what, each in needs.items():
+        most = max((node.get(what, 0) for node in nodes), default=0)
+        if refuse and each > most:  # Ray would wait for such a node for ever
+            raise ValueError(f"--{what.lower()}s-per-run {each:g}: there are {most:g} {what}s "
+                             f"{'here' if len(nodes) == 1 else 'on the largest node'}")
+    fits = [min((int(node.get(what, 0) / each + 1e-6) for what, each in needs.items() if each), default=1)
+            for node in nodes]
+    return sum(fits)
+
+
+def progress(board: dict[str, str], took: list[float], clean: list[float], slots: int, began: float) -> Table:
     """The live table: how many runs are done, running, failed and waiting, and when the rest should be done."""
-    count = {s: sum(v == s for v in board.values()) for s in ("done", "running", "failed", "waiting")}
-    eta = f"{sum(took) / len(took) * left / slots / 60:.0f} min" if took else "?"
-    table = Table(*count, "elapsed", "left (estimate)")
-    table.add_row(*map(str, count.values()), f"{(time.time() - began) / 60:.0f} min", eta)
+    count = Counter(board.values())
+    left = count["waiting"] + count["running"]
+    eta = f"{sum(took) / len(took) * left / max(1, slots) / 60:.0f} min" if took else "?"
+    shown = ("done", "running", "failed", "waiting", *(["elsewhere"] if count["elsewhere"] else []))
+    table = Table(*shown, "elapsed", "left (estimate)", "clean reward, mean of these")
+    table.add_row(*(str(count[s]) for s in shown), f"{(time.monotonic() - began) / 60:.0f} min", eta,
+                  f"{sum(clean) / len(clean):.3f} ({len(clean)} runs)" if clean else "?")
     return table
 
 
-def plan(study: runs.Study, grid: list[runs.Params]) -> Table:
-    """The cells of a study and what is there already."""
-    table = Table("run", "arm", "seed", "base", "status")
-    for p in grid:
-        arm, _ = study.arm_and_reference(p)
-        table.add_row(runs.run_id(p), arm, str(p.seed), str(p.base_seed), runs.status(p.folder))
-    return table
+# --- the command ------------------------------------------------------------------------------------------------
+
+
+def plan(study: runs.Study, grid: list[runs.Params], console: Console):
+    """Print the cells of a study and what is there already."""
+    study_runs = runs.WORK / grid[0].output_dir / "runs"
+    names = [runs.run_id(p) for p in grid]
+    rows = [("run", "arm", "seed", "base", "status")]
+    for name, p, status in zip(names, grid, statuses(names, study_runs).values(), strict=True):
+        rows.append((name, study.arm_and_reference(p)[0], str(p.seed), str(p.base_seed), status))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    count = ", ".join(f"{n} {s}" for s, n in Counter(row[-1] for row in rows[1:]).most_common())
+    console.out("\n".join([*lines, f"{len(grid)} runs: {count}"]), highlight=False)  # rich's tables are slow
 
 
 def add_options(parser: argparse.ArgumentParser):
     """Options that decide where and how many runs execute."""
-    parser.add_argument("--address", help="address of a running Ray cluster that shares this folder")
-    parser.add_argument("--cpus-per-run", type=float, default=1)
-    parser.add_argument("--gpus-per-run", type=float, help="0.25 lets four runs share a GPU; a whole one by default")
-    parser.add_argument("--max-retries", type=int, default=1, help="of a run that was killed or crashed")
+    where = parser.add_argument_group("where and how many")
+    where.add_argument("--address", metavar="HOST:PORT", help="a Ray cluster that is there (auto: this node's own); "
+                       "without it, Ray starts on this machine and ends with the sweep")
+    where.add_argument("--cpus-per-run", type=float, default=1, metavar="N", help="CPU cores of a run (1)")
+    where.add_argument("--gpus-per-run", type=float, metavar="N", help="0.25 lets four runs share a GPU; by default a "
+                       "whole one where there is one, none for the tiny policy")
+    where.add_argument("--max-retries", type=int, default=1, metavar="N",
+                       help="tries after the first of a run that was killed, crashed, or lost its node (1)")
 
 
 def options(args: argparse.Namespace) -> dict:
@@ -194,27 +411,68 @@ def announce(study: runs.Study, grid: list[runs.Params], console: Console):
 def report(failed: dict[str, str], grid: list[runs.Params]) -> int:
     """Say which runs failed and where their notebooks are; returns the exit status."""
     for name, message in failed.items():
-        print(f"FAILED {name}: {message.splitlines()[0][:300]}\n"
+        print(f"FAILED {name}: {(message.splitlines() or ['?'])[0][:300]}\n"
               f"       see {grid[0].output_dir}/runs/{name}/notebook.ipynb", file=sys.stderr)
     return 1 if failed else 0
 
 
+MANUAL = """
+examples:
+  python -m lib.sweep flip --dry-run                    the cells of params/studies/flip.yaml, and what is done
+  python -m lib.sweep flip                              run them, as many at once as there are CPU cores
+  python -m lib.sweep flip --profile smol --gpus-per-run 0.25
+  python -m lib.sweep flip --address 10.0.0.7:6379      on a Ray cluster; inside one: --address auto
+  python -m lib.sweep flip --report                     tables and analysis of what is finished so far
+  sbatch scripts/slurm.sh flip --profile smol           in a SLURM allocation
+
+what a run leaves:
+  <workspace>/outputs/<study>/runs/<run_id>/, with DONE when it is whole. The command can be repeated at any time, and
+  twice at once: finished runs are skipped, interrupted ones go on from their last checkpoint, and a run that another
+  process executes is left to it and waited for. A failed run is tried again by the next sweep.
+
+clusters:
+  Nodes need the same Python and packages, not the project: they get lib, notebooks and params from Ray. A node that
+  does not see the workspace is sent data, base policies and begun runs, and sends finished folders back, without their
+  checkpoints. If such a node is lost, its runs begin again; with a common file system they go on.
+
+signals:
+  Ctrl-C or SIGTERM stops the running runs (they go on from their last checkpoints next time) and says what is left;
+  a second one ends at once.
+
+exit status:
+  0  all runs are done    1  a run failed    2  something was refused before a run began    130  stopped by a signal
+
+environment:
+  GRPO_NOISE_WORK  the workspace: where data/, models/ and outputs/ are (the project). A node of a cluster may have its
+                   own, in the environment of `ray start`: then it works there.
+  RAY_AUTH_MODE=token, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH  for a cluster that asks for a token, also on every node
+  HF_ENDPOINT, HF_TOKEN  hub of models, on every node that loads one
+"""
+
+
 def main(argv=None) -> int:
-    """Command line; the exit status is 1 if a run failed and 2 if the parameters were refused."""
-    parser = argparse.ArgumentParser(prog="python -m lib.sweep", description=__doc__.splitlines()[0])
+    """Command line: see MANUAL."""
+    parser = argparse.ArgumentParser(prog="python -m lib.sweep", description=__doc__.split("\n\n", 1)[1], epilog=MANUAL,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", help="name or file of a study in params/studies")
-    parser.add_argument("--profile", default="tiny", help="name of a profile in params/profiles")
+    parser.add_argument("--profile", default="tiny", help="name of a profile in params/profiles (tiny)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="print the cells and what is done")
+    what.add_argument("--report", action="store_true", help="execute nothing: evaluate and analyse what is finished")
     add_options(parser)
-    parser.add_argument("--dry-run", action="store_true", help="print the cells and what is done")
     args = parser.parse_args(argv)
+    if args.report:
+        return subprocess.call([sys.executable, "-m", "lib.study", args.study, "--profile", args.profile, "--report"])
     console = Console(width=None if sys.stdout.isatty() else 140)
     try:
         study, grid = runs.load_study(args.study, args.profile)
         announce(study, grid, console)
         if args.dry_run:
-            console.print(plan(study, grid))
+            plan(study, grid, console)
             return 0
         return report(run_grid(grid, console=console, **options(args)), grid)
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, OSError, RuntimeError) as e:
         print(e, file=sys.stderr)
         return 2

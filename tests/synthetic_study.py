@@ -29,10 +29,13 @@ def expand(arms: list[dict]) -> list[dict]:
     return found
 
 
-def reward_log(noise, seed, steps, G, prompts=6):
-    """A reward log of `steps` steps over prompts that differ in difficulty, and the prompts' levels."""
+def reward_log(noise, seed, steps, G, prompts=6, ids=None):
+    """A reward log of `steps` steps over prompts that differ in difficulty, and the prompts' levels.
+
+    ids: the prompts in turn, one a group; all different if not given.
+    """
     rng = np.random.default_rng(seed)
-    ids = np.array([f"add/train:{i + 1}" for i in range(steps * prompts)])
+    ids = np.array([f"add/train:{i + 1}" for i in range(steps * prompts)] if ids is None else ids)
     q = special.expit(rng.normal(0, 1.3, len(ids)) + np.repeat(np.linspace(-0.8, 1.2, steps), prompts))
     log = pd.DataFrame({"step": np.repeat(np.arange(steps), prompts * G), "sample_id": np.repeat(ids, G),
                         "rollout": np.tile(np.arange(G), len(ids))})
@@ -40,6 +43,21 @@ def reward_log(noise, seed, steps, G, prompts=6):
     log["observed_reward"] = observe(noise, log["verdict"], seed, log["step"], log["sample_id"].tolist(),
                                      log["rollout"])
     return log.assign(format_ok=True), pd.Series(np.where(q > 0.5, "Level 1", "Level 2"), index=ids)
+
+
+def graded(asked: pd.DataFrame, logit: np.ndarray, k: int, rng: np.random.Generator) -> pd.DataFrame:
+    """The table of one policy as 03_eval keeps it: k sampled answers and a greedy one to every question.
+
+    asked: sample_id, level, type. logit: of a right sampled answer (questions,); the greedy one is surer.
+    """
+    frames = []
+    for decoding, samples, sharper in (("sampled", k, 1.0), ("greedy", 1, 1.8)):
+        right = rng.random((samples, len(asked))) < special.expit(sharper * logit)
+        symbolic = right | (rng.random(right.shape) < 0.01)
+        frames.append(asked.loc[asked.index.repeat(samples)].assign(
+            decoding=decoding, sample=np.tile(np.arange(samples), len(asked)), exact=right.T.ravel(),
+            symbolic=symbolic.T.ravel(), method=np.where(right.T.ravel(), "exact", "symbolic")))
+    return pd.concat(frames, ignore_index=True)
 
 
 def write_study(folder: Path, arms: list[dict] = TINY, seeds=(0, 1, 2), base_seeds=(0,), questions=120, k=4,
@@ -53,22 +71,15 @@ def write_study(folder: Path, arms: list[dict] = TINY, seeds=(0, 1, 2), base_see
     rng = np.random.default_rng(0)
     difficulty, ids = rng.normal(0, 1.3, questions), np.array([f"add/test:{i + 1}" for i in range(questions)])
     level = np.where(difficulty > 0.7, "Level 1", np.where(difficulty > -0.7, "Level 2", "Level 3"))
+    asked = pd.DataFrame({"sample_id": ids, "level": level, "type": "arithmetic"})
     runs, summary, evals, metrics, signals = [], [], [], [], []
 
     def evaluate(run_id, skill):
-        logit = skill + difficulty + rng.normal(0, 0.4, questions)
-        for decoding, samples, sharper in (("sampled", k, 1.0), ("greedy", 1, 1.8)):
-            right = rng.random((samples, questions)) < special.expit(sharper * logit)
-            symbolic = right | (rng.random(right.shape) < 0.01)
-            evals.append(pd.DataFrame({
-                "run_id": run_id, "sample_id": np.tile(ids, samples), "level": np.tile(level, samples),
-                "type": "arithmetic", "decoding": decoding, "sample": np.repeat(np.arange(samples), questions),
-                "exact": right.ravel(), "symbolic": symbolic.ravel(),
-                "method": np.where(right.ravel(), "exact", "symbolic")}))
-        both = pd.concat(evals[-2:])
-        means = both.groupby("decoding")[["exact", "symbolic"]].mean()
+        table = graded(asked, skill + difficulty + rng.normal(0, 0.4, questions), k, rng)
+        evals.append((run_id, table))
+        means = table.groupby("decoding")[["exact", "symbolic"]].mean()
         return {f"{d}_{g}": means.loc[d, g] for d, g in product(("sampled", "greedy"), ("exact", "symbolic"))} | {
-            "n_questions": questions, "k": k, "disagreement": (both["exact"] != both["symbolic"]).mean()}
+            "n_questions": questions, "k": k, "disagreement": (table["exact"] != table["symbolic"]).mean()}
 
     for b in base_seeds:
         summary.append({"run_id": f"base-s{b}", "arm": "base", "channel": "base", "base_seed": b} | evaluate(
@@ -110,8 +121,7 @@ def write_study(folder: Path, arms: list[dict] = TINY, seeds=(0, 1, 2), base_see
     folder.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(runs).to_csv(folder / "runs.csv", index=False)
     pd.DataFrame(summary).to_csv(folder / "summary.csv", index=False)
-    table = pd.concat(evals).astype(dict.fromkeys(("run_id", "sample_id", "method"), "category"))
-    table.astype({"sample": "int8"}).to_parquet(folder / "eval.parquet")
+    pd.concat([t.assign(run_id=r) for r, t in evals]).to_parquet(folder / "eval.parquet")
     pd.concat(metrics).to_parquet(folder / "metrics.parquet")
     pd.concat(signals).to_parquet(folder / "signals.parquet")
     return folder

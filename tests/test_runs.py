@@ -176,46 +176,69 @@ def test_a_second_process_is_kept_out_and_a_killed_one_is_not_missed(tmp_path):
     file.close()
 
 
-def checkpoint(folder, step, complete=True):
-    """An empty checkpoint folder, with or without the file that transformers writes last."""
+def checkpoint(folder, step, whole=True):
+    """A checkpoint folder with a file in it, sealed or not; the reward log is taken to be whole."""
     path = folder / f"checkpoints/checkpoint-{step}"
     path.mkdir(parents=True)
-    (path / "optimizer.pt").touch()
-    if complete:
-        (path / "trainer_state.json").touch()
+    (path / "optimizer.pt").write_bytes(b"state")
+    if whole:
+        runs.seal(path, "optimizer.pt")
 
 
-def test_the_last_complete_aligned_checkpoint_is_found(tmp_path):
-    assert runs.last_checkpoint(tmp_path, 2) is None
-    for step, complete in ((4, True), (6, True), (7, True), (8, False)):
-        checkpoint(tmp_path, step, complete)
-    assert runs.last_checkpoint(tmp_path, 2).name == "checkpoint-6"
-    assert runs.last_checkpoint(tmp_path, 1).name == "checkpoint-7"
+@pytest.fixture
+def logged(monkeypatch):
+    """A reward log that has every step: these tests are about the checkpoints."""
+    monkeypatch.setattr(runs, "logged_until", lambda *_: 1000)
 
 
-def test_unaligned_checkpoints_alone_are_refused(tmp_path):
+def test_the_last_whole_aligned_checkpoint_is_found(tmp_path, logged):
+    assert runs.last_checkpoint(tmp_path, 2) == (None, [])
+    for step, whole in ((4, True), (6, True), (7, True), (8, False)):
+        checkpoint(tmp_path, step, whole)
+    found, passed_over = runs.last_checkpoint(tmp_path, 2)
+    assert found.name == "checkpoint-6" and passed_over == ["checkpoint-8: SHA256SUMS missing, cut off or changed"]
+    assert runs.last_checkpoint(tmp_path, 1)[0].name == "checkpoint-7"
+
+
+def test_unaligned_checkpoints_alone_are_refused(tmp_path, logged):
     checkpoint(tmp_path, 3)
     with pytest.raises(ValueError, match=r"steps \[3\] are not multiples of 2"):
         runs.last_checkpoint(tmp_path, 2)
 
 
-def test_a_run_does_not_go_on_with_another_policy(tmp_path):
+def test_a_checkpoint_behind_the_log_is_passed_over(tmp_path):
+    checkpoint(tmp_path, 2)
+    assert runs.last_checkpoint(tmp_path, 1) == (None, ["checkpoint-2: the reward log is whole up to step 0 only"])
+
+
+def test_a_run_does_not_go_on_with_another_policy(tmp_path, logged):
     params = runs.resolve("tiny")
-    runs.begin(tmp_path, params, 0, policy_hash="aa", data_hash="bb")
-    record = runs.begin(tmp_path, params, 50, policy_hash="aa", data_hash="bb")
-    assert record["resumed_from"] == [50] and json.loads((tmp_path / "params.json").read_text())["seed"] == 0
+    assert runs.begin(tmp_path, params, policy_hash="aa", data_hash="bb")[0]["resumed_from"] == []
+    checkpoint(tmp_path, 50)
+    record, found = runs.begin(tmp_path, params, policy_hash="aa", data_hash="bb")
+    assert record["resumed_from"] == [50] and found.name == "checkpoint-50" and not record["mended"]
+    assert json.loads((tmp_path / "params.json").read_text())["seed"] == 0
     with pytest.raises(ValueError, match="began with another policy"):
-        runs.begin(tmp_path, params, 50, policy_hash="cc", data_hash="bb")
+        runs.begin(tmp_path, params, policy_hash="cc", data_hash="bb")
+    assert found.exists()
 
 
 def test_status_follows_the_files(tmp_path):
-    assert runs.status(tmp_path) == "missing"
-    (tmp_path / "params.json").touch()
-    assert runs.status(tmp_path) == "interrupted"
-    (tmp_path / "FAILED").touch()
-    assert runs.status(tmp_path) == "failed"
-    (tmp_path / "DONE").touch()
-    assert runs.status(tmp_path) == "done"
+    params = runs.resolve("tiny")
+    folder = tmp_path / runs.run_id(params)
+    (folder / "adapter").mkdir(parents=True)
+    assert runs.status(folder) == "missing"
+    record, _ = runs.begin(folder, params, policy_hash="aa")
+    assert runs.status(folder) == "interrupted"
+    (folder / "FAILED").touch()
+    assert runs.status(folder) == "failed"
+    for name in ("adapter/adapter_model.safetensors", "rewards.parquet", "metrics.parquet"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    runs.finish(folder, record, ["print(1)"])
+    assert runs.status(folder) == "done" and not (folder / "FAILED").exists()
+    (folder / "metrics.parquet").write_text("other")
+    assert runs.status(folder) == "damaged"
 
 
 def test_steps_of_a_run():

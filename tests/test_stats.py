@@ -1,5 +1,8 @@
 """lib.stats: coverage by simulation, algebraic properties, agreement with scipy, errors for people."""
 import gc
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,9 +17,12 @@ from lib.stats import (
     accuracy_matrix,
     binomial_interval,
     bootstrap_parts,
+    count_answers,
     holm,
     iqm,
     mean_interval,
+    mean_of,
+    middle_mean,
     minimum_detectable_effect,
     monotone_fall,
     naive_percentile,
@@ -24,9 +30,11 @@ from lib.stats import (
     pair,
     paired_difference,
     probability_of_improvement,
+    resample_counts,
+    resampled_shares,
     signal_table,
     variance_parts,
-    weighted_mean,
+    write_answers,
 )
 
 
@@ -168,9 +176,9 @@ def test_holm_by_hand_and_with_a_gap():
 def test_binomial_interval_is_clopper_pearson(trials, data):
     k = data.draw(st.integers(0, trials))
     rate, low, high = binomial_interval(k, trials)
+    scipys = stats.binomtest(k, trials).proportion_ci(0.95, method="exact")
     assert rate == k / trials
-    assert low == pytest.approx(stats.beta.ppf(0.025, k, trials - k + 1) if k else 0, abs=1e-9)
-    assert high == pytest.approx(stats.beta.ppf(0.975, k + 1, trials - k) if k < trials else 1, abs=1e-9)
+    assert (low, high) == pytest.approx((scipys.low, scipys.high), abs=1e-9)
 
 
 def test_binomial_interval_of_no_draw_says_nothing():
@@ -178,11 +186,48 @@ def test_binomial_interval_of_no_draw_says_nothing():
     assert np.isnan(rate) and (low, high) == (0, 1)
 
 
+# ---- the bootstrap by counts is the bootstrap of rows
+
+def test_resampled_items_are_the_draws_of_one_call():
+    """Made in blocks and kept in two bytes, they are what one multinomial call returns."""
+    rng = np.random.default_rng(11)
+    for counts, n in zip(resample_counts(7, 300, 1100, seed=11), (7, 300), strict=True):
+        np.testing.assert_array_equal(counts, rng.multinomial(n, np.full(n, 1 / n), size=1100))
+
+
+@calm
+@given(shapes, st.integers(1, 5))
+def test_bootstrap_by_counts_is_the_bootstrap_of_rows(shape, k):
+    """The same draws, once by counts, once by repeating the rows (seed, question, sample) that were drawn."""
+    n, q, seed = shape
+    right = np.random.default_rng(seed).random((n, q, k)) < 0.6
+    values, of_seeds, of_questions, of_both = resampled_shares(right.mean(axis=2), 20, seed)
+    for b, (seeds, questions) in enumerate(zip(*resample_counts(n, q, 20, seed), strict=True)):
+        for shares, s_times, q_times in ((of_seeds, seeds, np.ones(q, int)), (of_questions, np.ones(n, int), questions),
+                                         (of_both, seeds, questions)):
+            rows = right.repeat(s_times, axis=0).repeat(q_times, axis=1)
+            assert mean_of(values, shares[b:b + 1])[0] == pytest.approx(rows.mean(), abs=1e-12)
+            drawn = np.sort(rows.mean(axis=2), axis=None)
+            middle = drawn.repeat(4)[drawn.size:3 * drawn.size].mean()  # quarters of scores: the middle half is whole
+            assert middle_mean(values, shares[b:b + 1])[0] == pytest.approx(middle, abs=1e-12)
+
+
+@calm
+@given(shapes, st.integers(1, 4))
+def test_bootstrap_of_a_paired_difference_draws_both_arms_alike(shape, k):
+    n, q, seed = shape
+    x, y = np.random.default_rng(seed).integers(0, k + 1, (2, n, q)) / k
+    by_seed, by_question = resample_counts(n, q, 50, seed)
+    means = [np.einsum("bs,sq,bq->b", by_seed, a, by_question) / (n * q) for a in (x, y)]
+    values, *_, both = resampled_shares(y - x, 50, seed)
+    np.testing.assert_allclose(mean_of(values, both), means[1] - means[0], atol=1e-12)
+
+
 # ---- the closed form is the bootstrap's limit
 
 def test_closed_form_is_the_limit_of_the_two_level_bootstrap():
     acc = simulate(np.random.default_rng(3), 4, 150, 0.3)
-    exact, resampled = variance_parts(acc), bootstrap_parts(weighted_mean(acc), 4, 150, n_boot=40_000)
+    exact, resampled = variance_parts(acc), bootstrap_parts(acc, mean_of, n_boot=40_000)
     assert resampled.seed == pytest.approx(exact.seed, rel=0.05)
     assert resampled.question == pytest.approx(exact.question, rel=0.05)
     assert resampled.rest == pytest.approx(exact.rest, rel=0.2)
@@ -257,6 +302,19 @@ def test_probability_of_improvement_by_hand():
     assert probability_of_improvement(y, x).estimate == pytest.approx(1 - found.estimate)
 
 
+@calm
+@given(shapes, st.integers(1, 5))
+def test_probability_of_improvement_is_that_of_all_pairs(shape, m):
+    n, q, seed = shape
+    x, y = (np.random.default_rng([seed, r]).integers(0, 5, (r, q)) / 4 for r in (n, m))
+    wins = (np.sign(x[:, None] - y[None]) + 1) / 2
+    found = probability_of_improvement(x, y)
+    assert found.estimate == pytest.approx(wins.mean(), abs=1e-12)
+    of_x, of_y = variance_parts(wins.mean(axis=1)), variance_parts(wins.mean(axis=0))
+    np.testing.assert_allclose(found.parts.seed, of_x.seed + of_y.seed, atol=1e-12)
+    np.testing.assert_allclose(found.parts.rest, of_x.rest + of_y.rest, atol=1e-12)
+
+
 def test_monotone_fall_and_a_planted_rise():
     rng = np.random.default_rng(7)
     make = lambda logit: as_table(simulate(rng, 4, 200, 0.1, logit=logit))  # noqa: E731
@@ -268,45 +326,130 @@ def test_monotone_fall_and_a_planted_rise():
 
 # ---- tables
 
+def answered(rng, questions, k):
+    """The table of one policy as 03_eval keeps it, in any order of rows."""
+    ids = rng.permutation([f"q{i}" for i in range(questions)])
+    rows = [(i, f"Level {1 + len(i) % 2}", "Addition", d, s) for i in ids
+            for d, n in (("sampled", k), ("greedy", 1)) for s in range(n)]
+    table = pd.DataFrame(rows, columns=["sample_id", "level", "type", "decoding", "sample"])
+    exact, more = rng.random((2, len(table))) < [[0.6], [0.1]]
+    table = table.assign(exact=exact, symbolic=exact | more, method=rng.choice(["exact", "unparsed"], len(table)))
+    return table.iloc[rng.permutation(len(table))].reset_index(drop=True)
+
+
 @pytest.fixture
-def tables():
+def tables(tmp_path):
+    """A function that counts a table of answers, the table, and its runs."""
     runs = pd.DataFrame({"run_id": ["a", "b", "c"], "arm": ["clean", "clean", "flip 0.2"],
                          "base_seed": 0, "seed": [1, 0, 0]})
-    rows = [(r, q, "sampled", s, (i + j + s) % 2 == 0, True) for i, r in enumerate("abc")
+    rows = [(r, q, "Level 1", "sampled", s, (i + j + s) % 2 == 0, True) for i, r in enumerate("abc")
             for j, q in enumerate(["q1", "q2", "q3"]) for s in range(2)]
-    evals = pd.DataFrame(rows, columns=["run_id", "sample_id", "decoding", "sample", "exact", "symbolic"])
-    return evals.astype({"run_id": "category", "sample_id": "category"}), runs
+    evals = pd.DataFrame(rows, columns=["run_id", "sample_id", "level", "decoding", "sample", "exact", "symbolic"])
+
+    def count(table):
+        table.to_parquet(tmp_path / "eval.parquet")
+        return count_answers(tmp_path / "eval.parquet")
+
+    return count, evals, runs
+
+
+@settings(max_examples=15)
+@given(st.integers(1, 6), st.integers(1, 8), st.integers(1, 4), st.integers(1, 60), st.integers(0, 2**32 - 1))
+def test_answers_written_in_pieces_are_those_of_one_table(tmp_path_factory, runs, questions, k, rows, seed):
+    """Whatever the size of the pieces, the file holds all rows in their order, and counting them is a groupby."""
+    rng, file = np.random.default_rng(seed), tmp_path_factory.mktemp("answers") / "eval.parquet"
+    all_of = {f"r{i}": answered(rng, questions, k) for i in rng.permutation(runs)}
+    write_answers(file, iter(all_of.items()), all_of, rows)
+    whole = pd.concat([t.assign(run_id=r) for r, t in all_of.items()], ignore_index=True)
+    back = pd.read_parquet(file)
+    assert list(back["run_id"].cat.categories) == sorted(all_of)
+    pd.testing.assert_frame_equal(back.astype(whole.dtypes), whole)
+    found = count_answers(file, rows)
+    for name, column in (("n", 1), ("exact", whole["exact"]), ("symbolic", whole["symbolic"]),
+                         ("differ", whole["exact"] != whole["symbolic"])):
+        counted = whole.assign(hit=column).groupby(["decoding", "run_id", "sample_id"])["hit"].sum().unstack()
+        pd.testing.assert_frame_equal(getattr(found, name), counted, check_dtype=False, check_index_type=False,
+                                      check_column_type=False)
+    assert found.level.to_dict() == dict(zip(whole["sample_id"], whole["level"], strict=True))
+
+
+def test_an_evaluation_that_stops_leaves_the_last_table(tmp_path):
+    rng, file = np.random.default_rng(0), tmp_path / "eval.parquet"
+    write_answers(file, [("a", answered(rng, 3, 2))], ["a"])
+    before = file.read_bytes()
+
+    def stops():
+        yield "a", answered(rng, 3, 2)
+        raise RuntimeError("the adapter of b changes nothing")
+
+    with pytest.raises(RuntimeError, match="the adapter of b"):
+        write_answers(file, stops(), ["a", "b"], rows=1)
+    assert file.read_bytes() == before
+
+
+BOUNDED = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from test_stats import answered
+from lib.stats import count_answers, iqm, write_answers
+
+file, peak = Path(sys.argv[1]), []
+table = answered(np.random.default_rng(0), 1000, 4)
+for runs in (10, 120):
+    names = [f"r{i}" for i in range(runs)]
+    write_answers(file, ((name, table) for name in names), names, rows=40_000)
+    counts = count_answers(file, rows=40_000)
+    iqm((counts.exact / counts.n).loc["sampled"].iloc[:10].to_numpy(), n_boot=runs * 20)
+    peak.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # kB, bytes on macOS
+print(*peak)
+"""
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    """600,000 answers and 2,400 resamples, in pieces, beside 50,000 and 200: all rows at once take 160 MB more."""
+    done = subprocess.run([sys.executable, "-c", BOUNDED, tmp_path / "eval.parquet"], cwd=Path(__file__).parent,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    few, many = (int(peak) >> (20 if sys.platform == "darwin" else 10) for peak in done.stdout.split())  # MB
+    assert many - few < 50
 
 
 def test_accuracy_matrix_averages_samples(tables):
-    found = accuracy_matrix(*tables, "clean")
+    count, evals, runs = tables
+    answers = count(evals)
+    found = accuracy_matrix(answers, runs, "clean")
     assert list(found.index) == [(0, 0), (0, 1)] and list(found.columns) == ["q1", "q2", "q3"]
     assert (found.to_numpy() == 0.5).all()
-    assert (accuracy_matrix(*tables, "clean", grader="symbolic").to_numpy() == 1).all()
+    assert (accuracy_matrix(answers, runs, "clean", grader="symbolic").to_numpy() == 1).all()
 
 
 def test_pair_uses_the_common_seeds_and_counts_the_rest(tables):
-    clean, noisy = accuracy_matrix(*tables, "clean"), accuracy_matrix(*tables, "flip 0.2")
+    count, evals, runs = tables
+    clean, noisy = (accuracy_matrix(count(evals), runs, arm) for arm in ("clean", "flip 0.2"))
     x, y, dropped = pair(clean, noisy)
     assert x.shape == y.shape == (1, 3) and dropped == 1
 
 
 def test_errors_name_the_cause(tables):
-    evals, runs = tables
+    count, evals, runs = tables
+    answers = count(evals)
     with pytest.raises(ValueError, match="no run in arm 'mask 0.3'; arms present: .'clean', 'flip 0.2'"):
-        accuracy_matrix(evals, runs, "mask 0.3")
+        accuracy_matrix(answers, runs, "mask 0.3")
     with pytest.raises(ValueError, match="expected 'exact' or 'symbolic'"):
-        accuracy_matrix(evals, runs, "clean", grader="regex")
+        accuracy_matrix(answers, runs, "clean", grader="regex")
     with pytest.raises(ValueError, match=r"no 'greedy' rows in the eval table for \['a', 'b'\]"):
-        accuracy_matrix(evals, runs, "clean", decoding="greedy")
+        accuracy_matrix(answers, runs, "clean", decoding="greedy")
+    with pytest.raises(ValueError, match=r"no 'sampled' rows in the eval table for \['b'\]"):
+        accuracy_matrix(count(evals[evals["run_id"] != "b"]), runs, "clean")
     with pytest.raises(ValueError, match=r"several runs with one \(base_seed, seed\): \['a', 'b'\]"):
-        accuracy_matrix(evals, runs.assign(seed=0), "clean")
-    partial = evals[(evals["run_id"] != "a") | (evals["sample_id"] != "q3")]
+        accuracy_matrix(answers, runs.assign(seed=0), "clean")
+    partial = count(evals[(evals["run_id"] != "a") | (evals["sample_id"] != "q3")])
     with pytest.raises(ValueError, match="different questions, .*'a': 2, 'b': 3"):
         accuracy_matrix(partial, runs, "clean")
     with pytest.raises(ValueError, match="1 in one arm only, such as .'q3'"):
-        clean = accuracy_matrix(evals, runs, "clean")
-        pair(clean.drop(columns="q3"), accuracy_matrix(evals, runs, "flip 0.2"))
+        clean = accuracy_matrix(answers, runs, "clean")
+        pair(clean.drop(columns="q3"), accuracy_matrix(answers, runs, "flip 0.2"))
     with pytest.raises(ValueError, match="no common seed"):
         paired_difference(as_table(np.eye(2), [0, 1]), as_table(np.eye(2), [5, 6]))
     with pytest.raises(ValueError, match=r"finite \(seeds, questions\) array"):
