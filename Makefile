@@ -12,14 +12,14 @@ LOCK := requirements/$(if $(GPU),gpu,cpu).txt
 READY := $(VENV)/.ready-$(if $(GPU),gpu,cpu)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: study test test-vllm scale lab lock clean setup scale-sweep soak reproduce test-cluster fuzz audit site browser-test
+.PHONY: study test test-vllm scale lab lock clean setup scale-sweep soak reproduce test-cluster fuzz audit site browser-test lint
 .DEFAULT_GOAL := study
 
 study: setup
 	@$(BIN)/python -m lib.study $(STUDY) --profile $(PROFILE) $(OPTIONS)
 
 test: setup
-	@$(BIN)/ruff check lib tests
+	@$(BIN)/ruff check
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --nbval tests notebooks/helpers
 
 # Both graders under N generated completions: prints counts, time and memory; fails if one is accepted that must not be.
@@ -41,6 +41,10 @@ audit: .venv-audit/bin/pip-audit
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed: make PYTHON=/path/to/python3.12 ..."; exit 2; }
 	@$(PYTHON) -m venv .venv-audit
 	@.venv-audit/bin/python -m pip install --quiet pip-audit==2.10.1
+
+lint: setup  ## what a program can tell of style: seconds
+	@$(BIN)/ruff check
+	@$(BIN)/python -m pytest -q tests/test_project.py
 
 # Evaluation through real vLLM on a CPU (Linux, Python 3.11): a community build, in an environment of its own.
 test-vllm: .venv-vllm/.ready

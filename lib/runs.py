@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -34,6 +35,7 @@ from lib.rewards import drop_steps_from, estimator, logged_until, read_log, writ
 PROFILES, STUDIES, OUTPUTS = ROOT / "params/profiles", ROOT / "params/studies", WORK / "outputs"
 SUMS = "SHA256SUMS"  # in each checkpoint and finished run: what its files were when they were whole
 NOT_HASHED = {"output_dir", "report_to", "gradient_checkpointing"}  # these do not change what a run computes
+ADDED_LATER: set[str] = set()  # not hashed at their defaults, so that earlier runs keep their names
 
 
 class Params(BaseModel):
@@ -91,7 +93,7 @@ class Params(BaseModel):
     eval_interval: int = Field(0, ge=0)
     eval_problems: int = Field(128, gt=0)
     save_steps: int = Field(100, ge=1)
-    report_to: str = "none"
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
 
     @model_validator(mode="before")
     @classmethod
@@ -135,8 +137,7 @@ class Params(BaseModel):
 
     def noise(self) -> dict[str, Any]:
         """The parameters that name the channel, for `lib.noise.channel`."""
-        return self.model_dump(include={"label_flip_rate", "mask_rate", "false_positive_rate", "false_negative_rate",
-                                        "abstain_rate", "noise_level"})
+        return self.model_dump(include=set(signature(channel).parameters))
 
     @property
     def channel(self) -> Channel:
@@ -404,7 +405,8 @@ def run_id(params: Params) -> str:
     """Readable settings and 8 hex digits of the hash of all parameters, such as flip-0.2-s1-1c2f9a03."""
     arm = re.sub(r"[^0-9a-z.]+", "-", describe(params)[0].lower()).strip("-")
     base = f"-b{params.base_seed}" if params.base_seed else ""
-    return f"{arm}{base}-s{params.seed}-{digest(params.model_dump(exclude=NOT_HASHED))}"
+    same = {name for name in ADDED_LATER if getattr(params, name) == Params.model_fields[name].default}
+    return f"{arm}{base}-s{params.seed}-{digest(params.model_dump(exclude=NOT_HASHED | same))}"
 
 
 # --- the folder of a run ----------------------------------------------------------------------------------------
@@ -525,6 +527,9 @@ def check_inputs(params: Params):
     """FileNotFoundError, with the command to run, if the data or the base policy of a run are not there."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise RuntimeError("a run is one process: to use several GPUs, execute several runs at once with lib.sweep")
+    if params.report_to != "none" and not find_spec(params.report_to):
+        raise FileNotFoundError(f"report_to={params.report_to!r} needs a package that is not installed: "
+                                f"pip install {params.report_to}")
     data.read_manifest(params.data_dir)
     built = f"models/{params.model}-s{params.base_seed}"
     if params.model in BUILT_HERE and not (WORK / built / "policy.json").exists():
@@ -539,6 +544,19 @@ def check_inputs(params: Params):
             hub.check(params.model)
         else:
             hub.check_folder(local)
+
+
+def tracking(params: Params) -> dict[str, str]:
+    """GRPOConfig's arguments for `report_to`. TensorBoard and wandb write into the run's folder, trackio beside runs/.
+
+    Trackers read their folders from the environment, trackio when TRL imports it: call this first. Those of wandb and
+    trackio are left alone if they are set.
+    """
+    study = WORK / params.output_dir
+    defaults = {"WANDB_DIR": params.folder, "WANDB_PROJECT": study.name, "TRACKIO_DIR": study / "trackio"}
+    os.environ |= {name: str(value) for name, value in defaults.items() if name not in os.environ}
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(params.folder / "tensorboard")
+    return {"report_to": params.report_to, "run_name": run_id(params), "project": study.name}
 
 
 def begin(folder: Path, params: Params, **identity: str) -> tuple[dict[str, Any], Path | None]:

@@ -1,7 +1,9 @@
 """What holds the project together: locks that agree, clean notebooks, a README that names what exists."""
 
+import ast
 import json
 import re
+import subprocess
 import tomllib
 
 import nbformat
@@ -81,18 +83,84 @@ def test_source_notebooks_carry_no_outputs(path):
     assert not any(c.outputs or c.execution_count for c in code)
 
 
+# --- how the notebooks read -------------------------------------------------------------------------------------
+
+NOT_YET = {"03_eval", "04_analysis"}  # still have longer cells, or more code cells in a row
+
+
+def is_parameters(cell) -> bool:
+    """Whether papermill puts a run's parameters behind this cell."""
+    return "parameters" in cell.metadata.get("tags", [])
+
+
+def lines(cell) -> list[str]:
+    """The lines of a cell that are not blank."""
+    return [line for line in cell.source.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_read_as_prose_with_code(path):
+    cells = nbformat.read(path, as_version=4).cells
+    assert all(c.source.strip() for c in cells), "an empty cell"
+    code = [c for c in cells if c.cell_type == "code" and not is_parameters(c)]
+    words = sum(len(c.source.split()) for c in cells if c.cell_type == "markdown")
+    assert words >= 2 * sum(len(lines(c)) for c in code), "fewer than two words of prose for a line of code"
+    if path.stem not in NOT_YET:
+        for cell in code:
+            assert len(lines(cell)) <= 25, f"cell {cell.id} has {len(lines(cell))} lines: split it"
+        kinds = "".join("c" if c.cell_type == "code" else "." for c in cells)
+        assert "ccccc" not in kinds, f"five cells of code in a row after cell {kinds.index('ccccc')}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
+def test_notebooks_open_with_question_answer_and_parameters(path):
+    cells = nbformat.read(path, as_version=4).cells
+    assert re.match(r"# .+\n\n\*\*Question\.\*\* .+\n\n\*\*Answer\.\*\* ", cells[0].source, re.S)
+    found = [c for c in cells if is_parameters(c)]
+    first = next(c for c in cells if c.cell_type == "code")
+    assert found == [first], "the first cell of code is the one and only parameters cell"
+    for line in found[0].source.splitlines():
+        assert re.fullmatch(r"\w+ = .*\S +# \S.*", line), f"not one commented parameter: {line}"
+
+
+def test_no_definition_stands_in_two_notebooks():
+    known = {"simulate": "statistics"}  # of a study; that of theory simulates groups of completions
+    places, tests = {}, ["tests", *(p.stem for p in (ROOT / "tests").glob("*.py"))]  # nor is code of the tests used
+    for path in NOTEBOOKS:
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type == "code":
+                assert not re.search(rf"^\s*(from|import) ({'|'.join(tests)})\b", cell.source, re.M), path.stem
+                for node in ast.walk(ast.parse(cell.source)):
+                    if isinstance(node, ast.FunctionDef | ast.ClassDef) and known.get(node.name) != path.stem:
+                        other = places.setdefault(node.name, path.stem)
+                        assert other == path.stem, f"{node.name} is defined in {other} and in {path.stem}: to lib"
+
+
+def test_executed_notebooks_were_executed_in_order():
+    executed = subprocess.run(["git", "ls-files", "outputs/*.ipynb"], cwd=ROOT, capture_output=True, text=True).stdout
+    for path in [*map(ROOT.joinpath, executed.split()), *(ROOT / "notebooks/helpers").glob("*.ipynb")]:
+        code = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+        assert [c.execution_count for c in code] == list(range(1, len(code) + 1)), path.relative_to(ROOT)
+
+
+def test_the_hook_and_the_lock_have_one_ruff():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    ruff = next(h for h in hooks if h["id"] == "ruff")
+    assert ruff["additional_dependencies"] == [f"ruff=={locked('cpu')['ruff']}"]
+
+
 def test_the_training_notebook_offers_every_parameter():
     cells = nbformat.read(ROOT / "notebooks/02_train.ipynb", as_version=4).cells
-    cell = next(c for c in cells if "parameters" in c.metadata.get("tags", []))
+    cell = next(c for c in cells if is_parameters(c))
     names = re.findall(r"^(\w+) = \S+ +# \S", cell.source, re.M)  # one parameter a line, each with a comment
     assert sorted(names) == sorted(runs.Params.model_fields)
 
 
 def test_nothing_names_a_machine_or_a_registry():
     bad = re.compile(r"/(?:home|root|Users|work)/\w|/tmp/\w+/|pypi\.org|pythonhosted\.org")
-    for folder in ("lib", "tests", "params", "notebooks", "outputs", "requirements"):
+    for folder in ("lib", "tests", "params", "docs", "notebooks", "outputs", "requirements"):
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".yaml", ".ipynb", ".csv", ".txt", ".html") and "runs" not in path.parts:
+            if path.suffix in (".py", ".md", ".yaml", ".ipynb", ".csv", ".txt", ".html") and "runs" not in path.parts:
                 if path.name == "test_project.py":
                     continue
                 found = bad.search(path.read_text(errors="ignore"))

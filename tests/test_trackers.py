@@ -1,0 +1,45 @@
+"""report_to: a missing tracker is refused at once, and a tracker's files stay with the run."""
+
+import os
+from importlib.util import find_spec
+
+import pytest
+from conftest import papermill
+
+from lib import runs
+
+TRACKERS = ("tensorboard", "trackio", "wandb")
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_a_missing_tracker_is_refused_in_one_sentence(name, monkeypatch):
+    monkeypatch.setattr(runs, "find_spec", lambda package: None)  # as on a machine without it
+    with pytest.raises(FileNotFoundError, match=f"report_to='{name}' .* pip install {name}$"):
+        runs.check_inputs(runs.resolve("tiny", report_to=name, data_dir="nowhere"))
+
+
+def test_an_unknown_tracker_is_refused_with_the_nearest_name():
+    with pytest.raises(ValueError, match="report_to='tensorbord'.*did you mean 'tensorboard'"):
+        runs.resolve("tiny", report_to="tensorbord")
+
+
+def test_trackers_write_below_the_study(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"TRACKIO_DIR": "/own"})
+    params = runs.resolve("tiny", report_to="trackio", output_dir="outputs/some")
+    assert runs.tracking(params) == {"report_to": "trackio", "run_name": runs.run_id(params), "project": "some"}
+    assert os.environ == {"TENSORBOARD_LOGGING_DIR": str(params.folder / "tensorboard"), "TRACKIO_DIR": "/own",
+                          "WANDB_DIR": str(params.folder), "WANDB_PROJECT": "some"}  # what the user set is left alone
+    assert runs.run_id(params) == runs.run_id(runs.resolve("tiny", output_dir="outputs/some"))  # the same run
+
+
+@pytest.mark.skipif(not find_spec("tensorboard"), reason="the extra `track` is not installed")
+def test_tensorboard_has_clean_and_observed_mean(workspace):
+    from tensorboard.backend.event_processing import event_accumulator as accumulator
+
+    papermill(workspace, "02_train", workspace / "tracked.ipynb", output_dir="outputs/tracked", report_to="tensorboard",
+              max_steps=3, eval_interval=0)
+    run = next((workspace / "outputs/tracked/runs").iterdir())
+    events = accumulator.EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    for name in ("clean_mean", "observed_mean"):
+        assert [e.step for e in events.Scalars(f"train/{name}")] == [1, 2, 3]
