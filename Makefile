@@ -12,7 +12,7 @@ LOCK := requirements/$(if $(GPU),gpu,cpu).txt
 READY := $(VENV)/.ready-$(if $(GPU),gpu,cpu)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: study test test-vllm scale lab lock clean setup scale-sweep soak reproduce test-cluster fuzz audit site browser-test lint
+.PHONY: study test test-slow test-vllm scale lab lock clean setup scale-sweep soak reproduce test-cluster fuzz audit site browser-test lint
 .DEFAULT_GOAL := study
 
 study: setup
@@ -21,6 +21,10 @@ study: setup
 test: setup
 	@$(BIN)/ruff check
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --nbval tests notebooks/helpers
+
+# Kills, a full disk, a jumping clock, poisoned checkpoints, and the recipes of docs/ as written.
+test-slow: setup
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests
 
 # Both graders under N generated completions: prints counts, time and memory; fails if one is accepted that must not be.
 N ?= 1000000

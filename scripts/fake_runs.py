@@ -7,6 +7,7 @@ last a folder with the files that planning reads. GRPO_NOISE_WORK=FOLDER python 
 """
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -44,12 +45,14 @@ def finish_runs(study: Path) -> int:
     from lib import data, runs
 
     _, grid = runs.load_study(str(study), "tiny")
+    adapter, done = b"no adapter", hashlib.sha256(b"no adapter").hexdigest()
     record = json.dumps({"policy_hash": json.loads((runs.WORK / "models/tiny-s0/policy.json").read_text())["hash"],
-                         "data_hash": data.data_hash("arithmetic"), "adapter_hash": "0" * 64})
+                         "data_hash": data.data_hash("arithmetic"), "adapter_hash": done})
     for p in grid[:-1]:
-        p.folder.mkdir(parents=True)
+        (p.folder / "adapter").mkdir(parents=True)
+        (p.folder / "adapter/adapter_model.safetensors").write_bytes(adapter)
         for name, text in (("params.json", json.dumps(p.model_dump())), ("provenance.json", record),
-                           ("notebook.ipynb", "{}"), ("DONE", "0" * 64 + "\n")):
+                           ("notebook.ipynb", "{}"), ("DONE", done + "\n")):
             (p.folder / name).write_text(text)
     return len(grid) - 1
 

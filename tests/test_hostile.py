@@ -143,6 +143,7 @@ def trained(workspace):
     return folder, given
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
 def test_a_poisoned_checkpoint_runs_no_code(trained, workspace, marker, name):
     folder, given = trained
@@ -153,10 +154,13 @@ def test_a_poisoned_checkpoint_runs_no_code(trained, workspace, marker, name):
     checkpoint = folder / "checkpoints/checkpoint-1"
     honest = (checkpoint / name).read_bytes()
     torch.save(Payload(marker), checkpoint / name)
+    sealed = [line.split("  ")[1] for line in (checkpoint / runs.SUMS).read_text().splitlines()]
+    runs.seal(checkpoint, *sealed)  # the stranger knows about the sums
     done = execute_notebook(
         workspace, "02_train", workspace / "again.ipynb", check=False, output_dir="outputs/hostile", **given
     )
     (checkpoint / name).write_bytes(honest)
+    runs.seal(checkpoint, *sealed)
     if name == "training_args.bin":  # written by the trainer, never read
         assert done.returncode == 0, done.stderr[-2000:]
     else:
@@ -392,10 +396,11 @@ def test_a_failing_load_shows_no_token(tmp_path, password):
     assert CANARY not in done.stderr + done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_from_a_gated_hub_leaves_no_token_behind(tmp_path, work, marker):
     saved = save(tmp_path / "model")
     given = dict(
-        max_steps=1, eval_interval=0, data_dir=work / "data/arithmetic", model=NAME
+        max_steps=1, eval_interval=0, data_dir=work / "data/arithmetic", model=NAME, label_flip_rate=0.5
     )
     with serve({("model", NAME): saved}, gated={("model", NAME): CANARY}) as endpoint:
         environment = {

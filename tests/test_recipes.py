@@ -47,6 +47,7 @@ def follow(workspace, tmp_path):
     return recipe
 
 
+@pytest.mark.slow
 def test_a_channel(follow):
     *_, proof, plan = follow("recipe-channel")
     run = next((follow.work / "outputs/single/runs").iterdir())
@@ -61,6 +62,7 @@ def test_a_channel(follow):
     assert new.stdout.strip() == runs.run_id(runs.resolve("tiny"))  # runs from before the change keep their names
 
 
+@pytest.mark.slow
 def test_a_model(follow):
     base = follow("recipe-model")[1]
     shares = re.findall(r"([\d.]+)% right.* ([\d.]+)% of groups mixed", base)
@@ -70,6 +72,7 @@ def test_a_model(follow):
     assert given["model"] == "./mine" and (run / "DONE").exists()
 
 
+@pytest.mark.slow
 def test_a_data_set_and_a_verifier(follow, tmp_path):
     (tmp_path / "gsm8k").mkdir()
     for split, tens in (("train", range(1, 9)), ("test", [9])):  # the schema of GSM8K, with sums that tiny can read
