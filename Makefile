@@ -20,7 +20,7 @@ study: setup
 
 test: setup
 	@$(BIN)/ruff check
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --nbval tests notebooks/helpers
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval tests notebooks/helpers
 
 # Kills, a full disk, a jumping clock, poisoned checkpoints, and the recipes of docs/ as written.
 test-slow: setup
