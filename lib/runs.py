@@ -32,6 +32,7 @@ from lib import BUILT_HERE, ROOT, WORK, data, engines, hub
 from lib.noise import Channel, channel, replay
 from lib.rewards import drop_steps_from, estimator, logged_until, read_log, write_atomically
 
+NOISE = set(signature(channel).parameters)  # the parameters that name a channel
 PROFILES, STUDIES, OUTPUTS = ROOT / "params/profiles", ROOT / "params/studies", WORK / "outputs"
 SUMS = "SHA256SUMS"  # in each checkpoint and finished run: what its files were when they were whole
 NOT_HASHED = {"output_dir", "report_to", "gradient_checkpointing"}  # these do not change what a run computes
@@ -137,7 +138,7 @@ class Params(BaseModel):
 
     def noise(self) -> dict[str, Any]:
         """The parameters that name the channel, for `lib.noise.channel`."""
-        return self.model_dump(include=set(signature(channel).parameters))
+        return self.model_dump(include=NOISE)
 
     @property
     def channel(self) -> Channel:

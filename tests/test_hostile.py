@@ -6,6 +6,7 @@ Every attack is really tried. Those that would run code would make a marker file
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -147,20 +148,22 @@ def trained(workspace):
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
 def test_a_poisoned_checkpoint_runs_no_code(trained, workspace, marker, name):
     folder, given = trained
+    saved = workspace / "trained"
+    if not saved.exists():
+        shutil.copytree(folder, saved)
+    shutil.rmtree(folder)  # a run that is refused, or goes on, leaves other checkpoints
+    shutil.copytree(saved, folder)
     (folder / "DONE").unlink(missing_ok=True)
     last = max((folder / "checkpoints").glob("checkpoint-*"))
     if len(list((folder / "checkpoints").iterdir())) > 1:  # resume at step 1 of 2
         subprocess.run(["rm", "-r", str(last)], check=True)
     checkpoint = folder / "checkpoints/checkpoint-1"
-    honest = (checkpoint / name).read_bytes()
     torch.save(Payload(marker), checkpoint / name)
     sealed = [line.split("  ")[1] for line in (checkpoint / runs.SUMS).read_text().splitlines()]
     runs.seal(checkpoint, *sealed)  # the stranger knows about the sums
     done = execute_notebook(
         workspace, "02_train", workspace / "again.ipynb", check=False, output_dir="outputs/hostile", **given
     )
-    (checkpoint / name).write_bytes(honest)
-    runs.seal(checkpoint, *sealed)
     if name == "training_args.bin":  # written by the trainer, never read
         assert done.returncode == 0, done.stderr[-2000:]
     else:
