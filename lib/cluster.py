@@ -14,8 +14,6 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-import pandas as pd
-
 from lib import BUILT_HERE, ROOT, WORK, data, engines, runs
 
 CHUNK = 16 * 2**20  # bytes of an archive that a process holds at once
@@ -56,6 +54,7 @@ def _papermill(params: dict, folder: Path, gpu_share: float) -> dict:
     os.environ |= {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "GRPO_NOISE_GPU_SHARE": str(gpu_share or 1)}
     if not gpu_share:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a run without a part of a GPU leaves it alone
+    import pandas as pd
     import papermill
     from papermill.exceptions import PapermillExecutionError
 

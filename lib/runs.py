@@ -16,21 +16,23 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import numpy as np
-import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lib import BUILT_HERE, ROOT, WORK, data, engines, hub
 from lib.noise import Channel, channel, replay
 from lib.rewards import drop_steps_from, estimator, logged_until, read_log, write_atomically
+
+if TYPE_CHECKING:  # planning 10,000 runs needs no table
+    import pandas as pd
 
 NOISE = set(signature(channel).parameters)  # the parameters that name a channel
 PROFILES, STUDIES, OUTPUTS = ROOT / "params/profiles", ROOT / "params/studies", WORK / "outputs"
@@ -107,12 +109,7 @@ class Params(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self):
-        target = (WORK / self.output_dir).resolve()
-        if ".." in Path(self.output_dir).parts or not any(
-                target.is_relative_to(root) for root in (WORK, (WORK / "outputs").resolve())):
-            raise ValueError(f"output_dir={self.output_dir!r} leaves the workspace: name a folder such as outputs/mine")
-        data.data_folder(self.data_dir)
-        channel(**self.noise())
+        _check_folders(WORK, self.output_dir, self.data_dir)
         estimator(self.mitigation, *self.assumed_rates)
         if self.mitigation == "sgrpo" and self.scale_rewards != "none":
             raise ValueError("mitigation='sgrpo' returns advantages itself, and scale_rewards="
@@ -136,26 +133,31 @@ class Params(BaseModel):
                 "between two optimiser steps on the same rollouts cannot be resumed exactly")
         return self
 
-    def noise(self) -> dict[str, Any]:
-        """The parameters that name the channel, for `lib.noise.channel`."""
-        return self.model_dump(include=NOISE)
-
     @property
     def channel(self) -> Channel:
         """The noise channel of the run."""
-        return channel(**self.noise())
+        return channel(**{name: getattr(self, name) for name in NOISE})
 
     @property
     def assumed_rates(self) -> tuple[float, float]:
         """(a, b) that a mitigation believes in: the channel's own, unless others are given."""
-        a, b = self.assumed_false_positive_rate, self.assumed_false_negative_rate
-        return (self.channel.false_positive_rate if a is None else a,
-                self.channel.false_negative_rate if b is None else b)
+        a, b, own = self.assumed_false_positive_rate, self.assumed_false_negative_rate, self.channel
+        return own.false_positive_rate if a is None else a, own.false_negative_rate if b is None else b
 
     @property
     def folder(self) -> Path:
         """The folder of the run."""
         return WORK / self.output_dir / "runs" / run_id(self)
+
+
+@lru_cache  # the cells of a study share their folders
+def _check_folders(work: Path, output_dir: str, data_dir: str):
+    """ValueError if a folder among the parameters is not one, or leaves the workspace, also through a link."""
+    target = (work / output_dir).resolve()
+    if ".." in Path(output_dir).parts or not any(
+            target.is_relative_to(root) for root in (work, (work / "outputs").resolve())):
+        raise ValueError(f"output_dir={output_dir!r} leaves the workspace: name a folder such as outputs/mine")
+    data.data_folder(data_dir)
 
 
 class Study(BaseModel):
@@ -402,12 +404,18 @@ def digest(values: Any, length: int = 8) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:length]
 
 
+@cache
 def run_id(params: Params) -> str:
     """Readable settings and 8 hex digits of the hash of all parameters, such as flip-0.2-s1-1c2f9a03."""
-    arm = re.sub(r"[^0-9a-z.]+", "-", describe(params)[0].lower()).strip("-")
-    base = f"-b{params.base_seed}" if params.base_seed else ""
-    same = {name for name in ADDED_LATER if getattr(params, name) == Params.model_fields[name].default}
-    return f"{arm}{base}-s{params.seed}-{digest(params.model_dump(exclude=NOT_HASHED | same))}"
+    return _name(vars(params))
+
+
+def _name(p: dict[str, Any]) -> str:
+    """`run_id` of parameters as params.json holds them."""
+    arm = re.sub(r"[^0-9a-z.]+", "-", describe(p)[0].lower()).strip("-")
+    base = f"-b{p['base_seed']}" if p["base_seed"] else ""
+    same = {name for name in ADDED_LATER if name in p and p[name] == Params.model_fields[name].default}
+    return f"{arm}{base}-s{p['seed']}-{digest({name: p[name] for name in p.keys() - NOT_HASHED - same})}"
 
 
 # --- the folder of a run ----------------------------------------------------------------------------------------
@@ -439,12 +447,11 @@ def seal(folder: Path, *names: str):
 def unsealed(folder: Path) -> list[str]:
     """Names of the files that are not as `seal` found them; SHA256SUMS itself if it is missing or cut off."""
     try:
-        lines = [line.partition("  ") for line in (folder / SUMS).read_text(errors="replace").splitlines()]
+        lines = [line.partition("  ") for line in _read(f"{folder}/{SUMS}").decode(errors="replace").splitlines()]
     except FileNotFoundError:
         return [SUMS]
-    wrong = [name or SUMS for expected, _, name in lines
-             if not name or not (folder / name).is_file() or _sha256(folder / name) != expected]
-    return wrong if lines else [SUMS]
+    return [name or SUMS for expected, _, name in lines if _sha256(f"{folder}/{name}") != expected] or (
+        [] if lines else [SUMS])
 
 
 def damage(folder: Path) -> str | None:
@@ -452,47 +459,56 @@ def damage(folder: Path) -> str | None:
 
     Runs that finished before there were sums are judged by the hash of the adapter, which DONE holds.
     """
-    if stranger(folder):
-        return f"params.json is that of {stranger(folder)}"
-    wrong = unsealed(folder) if (folder / SUMS).exists() else []
-    wrong = wrong or [name for name in ("params.json", "provenance.json") if not _read_json(folder / name)]
-    if not wrong and (folder / "DONE").read_text(errors="replace").strip() != adapter_hash(folder):
+    other = stranger(folder)
+    if other:
+        return f"params.json is that of {other}"
+    wrong = unsealed(folder)
+    if wrong == [SUMS] and not (folder / SUMS).exists():
+        wrong = [name for name in ("params.json", "provenance.json") if not _read_json(f"{folder}/{name}")]
+    if not wrong and _read(f"{folder}/DONE").decode(errors="replace").strip() != adapter_hash(folder):
         wrong = ["DONE or adapter/adapter_model.safetensors"]
     return f"{', '.join(wrong)}: missing, cut off or changed" if wrong else None
 
 
-def stranger(folder: Path) -> str | None:
-    """The run whose params.json the folder holds, if it is not the one that the folder is named after."""
-    there = _read_params(folder)
-    return run_id(there) if there and run_id(there) != folder.name else None
+def stranger(folder: Path, name: str | None = None) -> str | None:
+    """The run whose params.json the folder holds, if it is not `name`: the one that the folder is named after.
+
+    The file is hashed as it stands, since 10,000 of them are read at once: what it says is checked when it is used.
+    """
+    try:
+        there = _name(_read_json(f"{folder}/params.json"))
+    except (KeyError, TypeError, ValueError):  # damaged: nothing says that it is another's
+        return None
+    return there if there != (name or folder.name) else None
 
 
-def _sha256(path: Path) -> str:
-    """sha256 of a file, computed once a process for one content: a sweep asks for the status of each run often."""
-    about = path.stat()
-    return _sha256_of(path, about.st_ino, about.st_mtime_ns, about.st_size)
+def _sha256(path: Path | str) -> str | None:
+    """sha256 of a file, or None if it is not there. Computed once a process for one content: a sweep asks often."""
+    try:
+        about = os.stat(path)
+        return _sha256_of(path, about.st_ino, about.st_mtime_ns, about.st_size)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return None
 
 
 @cache
-def _sha256_of(path: Path, *_) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256_of(path: Path | str, *_) -> str:
+    return hashlib.sha256(_read(path)).hexdigest()
 
 
-def _read_json(path: Path) -> dict | None:
+def _read(path: Path | str) -> bytes:
+    """All bytes of a file. Planning 10,000 finished runs reads 80,000 files: by Path alone, that would take seconds."""
+    with open(path, "rb", buffering=0) as file:
+        return file.read()
+
+
+def _read_json(path: Path | str) -> dict | None:
     """The mapping in a file, or None if there is no such file or it is damaged."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(_read(path).decode())
     except (FileNotFoundError, ValueError):
         return None
     return values if isinstance(values, dict) else None
-
-
-def _read_params(folder: Path) -> Params | None:
-    try:
-        return Params(**_read_json(folder / "params.json"))
-    except (TypeError, ValidationError):
-        return None
 
 
 def hold(folder: Path):
@@ -567,10 +583,10 @@ def begin(folder: Path, params: Params, **identity: str) -> tuple[dict[str, Any]
     Damage is mended by going back to what is whole, and the record says so under `mended`. A contradiction is refused
     with ValueError: params.json of another run, or `identity` (policy_hash, data_hash) other than when the run began.
     """
-    there = _read_params(folder)
-    if there and run_id(there) != run_id(params):
-        raise ValueError(f"{data.shown(folder)} holds the params.json of {run_id(there)}: it was copied or renamed by "
-                         "hand. Move it away or delete it, then start again")
+    there = stranger(folder, run_id(params))
+    if there:
+        raise ValueError(f"{data.shown(folder)} holds the params.json of {there}: it was copied or renamed by hand. "
+                         "Move it away or delete it, then start again")
     before, mended = _read_json(folder / "provenance.json"), []
     changed = [name for name in identity if before and before.get(name) != identity[name]]
     if changed:
@@ -703,11 +719,10 @@ def peak_memory_mb() -> int:
 
 def adapter_hash(folder: Path) -> str | None:
     """sha256 of a run's final adapter weights, or None if they are not there."""
-    file = folder / "adapter/adapter_model.safetensors"
-    return _sha256(file) if file.exists() else None
+    return _sha256(f"{folder}/adapter/adapter_model.safetensors")
 
 
-def prove(folder: Path) -> tuple[int, pd.DataFrame]:
+def prove(folder: Path) -> "tuple[int, pd.DataFrame]":
     """Draw a run's noise again from its params.json: (rows in rewards.parquet, those that do not fit).
 
     A row fits if the channel turns its verdict into its observed reward, and the mitigation that into what was
@@ -738,7 +753,7 @@ def code(executed: list[str] | None = None) -> dict[str, str]:
             "lib": digest({path.name: _sha256(path) for path in (ROOT / "lib").glob("*.py")}, 64)}
 
 
-def code_note(code: pd.Series) -> str:
+def code_note(code: "pd.Series") -> str:
     """A sentence if runs come from different code, else "". code: run_id -> what provenance records as `code`."""
     kinds: dict[tuple, list[str]] = {}
     for name, hashes in code.dropna().astype(str).str.findall(r"\b[0-9a-f]{64}\b").items():

@@ -164,9 +164,9 @@ def take_over(todo: list[str], cells: dict[str, runs.Params], identity: dict, st
     Only for policies that were built here, whose hash is known without loading them.
     """
     names, found = {name for name in todo if cells[name].model in BUILT_HERE}, {}
-    for done in runs.OUTPUTS.glob("*/runs/*/DONE") if names else ():
-        if done.parent.name in names:
-            found.setdefault(done.parent.name, []).append(done.parent)
+    for other in runs.OUTPUTS.glob("*/runs") if names else ():
+        for name in names.intersection(os.listdir(other)):
+            found.setdefault(name, []).append(other / name)
     taken = []
     for name, elsewhere in found.items():
         if claim(file, name):
@@ -387,7 +387,7 @@ def plan(study: runs.Study, grid: list[runs.Params], console: Console):
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     count = ", ".join(f"{n} {s}" for s, n in Counter(row[-1] for row in rows[1:]).most_common())
-    console.out("\n".join([*lines, f"{len(grid)} runs: {count}"]), highlight=False)  # rich's tables are slow
+    print("\n".join([*lines, f"{len(grid)} runs: {count}"]), file=console.file)  # rich is slow
 
 
 def add_options(parser: argparse.ArgumentParser):
