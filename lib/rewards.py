@@ -4,7 +4,6 @@ TRL calls `f(prompts, completions, completion_ids, **columns, trainer_state, log
 generation batch, completions of a prompt side by side, and expects one float (or None: withheld) a completion.
 """
 
-import os
 import shutil
 from collections import Counter, defaultdict
 from itertools import count
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 
 from lib import noise
 from lib.answers import Verifier, last_boxed, normalize
+from lib.files import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -193,26 +193,6 @@ def realised_rates(true_reward, observed_reward) -> dict[str, float]:
     return {"clean_mean": float(np.mean(t)), "observed_mean": share(kept, r),
             "realised_false_positive_rate": share(kept & (t == 0), r == 1),
             "realised_false_negative_rate": share(kept & (t == 1), r == 0)}
-
-
-def write_atomically(path: Path, content: str | bytes, flush: bool = True):
-    """Write a small file so that a reader, or the next start after a crash, sees the old or the new one, never half.
-
-    flush: wait for the disk. Without, a crash of the machine (not of the process) can leave an empty file.
-    OSError names the file, also where the system does not, such as on a full disk.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            if flush:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as e:
-        part.unlink(missing_ok=True)
-        raise OSError(e.errno, f"{e.strerror} (mend that and start again: a run goes on from its last checkpoint)",
-                      str(path)) from None
 
 
 def write_step(folder: Path, table: pa.Table):

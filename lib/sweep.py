@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from lib import BUILT_HERE, ROOT, cluster, data, engines, runs
+from lib import BUILT_HERE, ROOT, cluster, data, engines, provenance, runs
 from lib.cluster import execute
 
 CLAIMS = ".sweeps/claims"  # below the runs of a study
@@ -188,7 +188,7 @@ def connected(address: str | None):
     environment = None
     if address:
         environment = {"working_dir": str(ROOT), "excludes": ["/*", "!/lib", "!/notebooks", "!/params", "__pycache__"],
-                       "env_vars": {"GRPO_NOISE_COMMIT": json.dumps(runs.commit())}}
+                       "env_vars": {"GRPO_NOISE_COMMIT": json.dumps(provenance.commit())}}
     if address and address.rpartition(":")[2].isdigit() and "//" not in address:  # Ray itself takes minutes to say so
         try:
             socket.create_connection(address.rsplit(":", 1), timeout=10).close()

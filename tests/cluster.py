@@ -19,7 +19,7 @@ import psutil
 import pytest
 from test_sweep import command, inputs, work  # noqa: F401
 
-from lib import ROOT, rewards, runs
+from lib import ROOT, provenance, rewards, runs
 
 
 def until(condition, process, seconds=300):
@@ -171,7 +171,7 @@ def test_a_node_is_killed_in_mid_sweep(undisturbed, work, tmp_path, shared):
     assert adapters(work / "outputs/two") == undisturbed[2]
     for run in (work / "outputs/two/runs").glob("*/provenance.json"):
         record = json.loads(run.read_text())
-        assert record["git_commit"] == runs.commit()["git_commit"]
+        assert record["git_commit"] == provenance.commit()["git_commit"]
     resumed = [json.loads(p.read_text())["resumed_from"] for p in (work / "outputs/two/runs").glob("*/provenance.json")]
     assert ([2] in resumed) == shared  # without a common file system, what was on the node is lost
     assert not list(places[1].glob("*/outputs/two/runs/*/DONE"))  # what was sent does not stay on the node
