@@ -63,9 +63,12 @@ def _sha256_of(path: Path | str, *_) -> str:
 
 
 def read(path: Path | str) -> bytes:
-    """All bytes of a file. Planning 10,000 finished runs reads 80,000 files: by Path alone, that would take seconds."""
-    with open(path, "rb", buffering=0) as file:
-        return file.read()
+    """All bytes of a file. Planning 10,000 finished runs reads 90,000: `Path.read_bytes` would take a second longer."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return b"".join(iter(lambda: os.read(descriptor, 2**20), b""))
+    finally:
+        os.close(descriptor)
 
 
 def read_json(path: Path | str) -> dict | None:

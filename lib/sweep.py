@@ -26,6 +26,7 @@ from rich.table import Table
 
 from lib import BUILT_HERE, ROOT, cluster, data, engines, provenance, runs
 from lib.cluster import execute
+from lib.files import read
 
 CLAIMS = ".sweeps/claims"  # below the runs of a study
 LOOK_AGAIN = 2  # seconds between two looks at runs that another process executes
@@ -82,7 +83,7 @@ def identities(grid: list[runs.Params]) -> dict[tuple, dict[str, str]]:
 
 def stale(folder: Path, identity: dict[str, str]) -> str | None:
     """Which input a finished run does not share with today's: "base policy", "data", or None."""
-    record = json.loads((folder / "provenance.json").read_text())
+    record = json.loads(read(f"{folder}/provenance.json"))
     trained_from = {"base policy": record["policy_hash"], "data": record["data_hash"]}
     return next((what for what in identity if identity[what] != trained_from[what]), None)
 
