@@ -9,13 +9,10 @@ import resource
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lib import ROOT, engines
 from lib.files import digest, sha256
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def provenance(**more) -> dict[str, Any]:
@@ -78,20 +75,6 @@ def code(executed: list[str] | None = None) -> dict[str, str]:
     cells = [cell.strip() for cell in executed if cell.strip() and not assignments(cell)]
     return {"notebook": digest(cells, 64),
             "lib": digest({path.name: sha256(path) for path in (ROOT / "lib").glob("*.py")}, 64)}
-
-
-def code_note(code: "pd.Series") -> str:
-    """A sentence if runs come from different code, else "". code: run_id -> what provenance records as `code`."""
-    kinds: dict[tuple, list[str]] = {}
-    for name, hashes in code.dropna().astype(str).str.findall(r"\b[0-9a-f]{64}\b").items():
-        for pair in sorted(set(zip(hashes[::2], hashes[1::2], strict=True))):
-            kinds.setdefault(pair, []).append(name)
-    if len(kinds) < 2:
-        return ""
-    return (f"The runs come from {len(kinds)} versions of 02_train and lib, so they may differ by more than their "
-            "parameters: " + "; ".join(
-                f"notebook {notebook[:8]}, lib {lib[:8]}: {len(names)} runs, such as {names[0]}"
-                for (notebook, lib), names in sorted(kinds.items(), key=lambda kind: -len(kind[1]))) + ".")
 
 
 def assignments(cell: str) -> dict[str, Any]:

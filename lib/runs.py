@@ -619,6 +619,20 @@ def prove(folder: Path) -> "tuple[int, pd.DataFrame]":
     return len(log), log[other | log.index.isin(wrong.index)]
 
 
+def code_note(code: "pd.Series") -> str:
+    """A sentence if runs come from different code, else "". code: run_id -> what provenance records as `code`."""
+    kinds: dict[tuple, list[str]] = {}
+    for name, hashes in code.dropna().astype(str).str.findall(r"\b[0-9a-f]{64}\b").items():
+        for pair in sorted(set(zip(hashes[::2], hashes[1::2], strict=True))):
+            kinds.setdefault(pair, []).append(name)
+    if len(kinds) < 2:
+        return ""
+    return (f"The runs come from {len(kinds)} versions of 02_train and lib, so they may differ by more than their "
+            "parameters: " + "; ".join(
+                f"notebook {notebook[:8]}, lib {lib[:8]}: {len(names)} runs, such as {names[0]}"
+                for (notebook, lib), names in sorted(kinds.items(), key=lambda kind: -len(kind[1]))) + ".")
+
+
 def finish(folder: Path, record: dict[str, Any], executed: list[str]):
     """Complete provenance.json with the executed code, the adapter's hash and peak memory, and seal the files.
 

@@ -88,17 +88,13 @@ def stale(folder: Path, identity: dict[str, str]) -> str | None:
     return next((what for what in identity if identity[what] != trained_from[what]), None)
 
 
-def reuse(folder: Path, elsewhere: list[Path], identity: dict[str, str]) -> bool:
-    """Take over the same finished run from another study: same parameters, policy and data. Files are hard links."""
-    for done in elsewhere:
-        if done != folder and runs.status(done) == "done" and not stale(done, identity):
-            part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-            shutil.rmtree(part, ignore_errors=True)
-            shutil.copytree(done, part, copy_function=os.link, ignore=shutil.ignore_patterns(".lock"))
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(part, folder)
-            return True
-    return False
+def reuse(folder: Path, other: Path):
+    """Take over the same finished run from another study, by hard links."""
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(other, part, copy_function=os.link, ignore=shutil.ignore_patterns(".lock"))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
 
 
 # --- two sweeps at once -----------------------------------------------------------------------------------------
@@ -159,21 +155,20 @@ def run_grid(grid: list[runs.Params], address: str | None = None, cpus_per_run: 
         return sweep.failed
 
 
-def take_over(todo: list[str], cells: dict[str, runs.Params], identity: dict, study_runs: Path, file) -> list[str]:
+def take_over(todo: list[str], cells: dict[str, runs.Params], identity: dict, study_runs: Path, file) -> set[str]:
     """Those of the runs that another study has finished and that are now in this one as well.
 
     Only for policies that were built here, whose hash is known without loading them.
     """
-    names, found = {name for name in todo if cells[name].model in BUILT_HERE}, {}
-    for other in runs.OUTPUTS.glob("*/runs") if names else ():
-        for name in names.intersection(os.listdir(other)):
-            found.setdefault(name, []).append(other / name)
-    taken = []
-    for name, elsewhere in found.items():
-        if claim(file, name):
-            if runs.status(study_runs / name) not in ("running", "done") and not runs.stranger(study_runs / name):
-                taken += [name] * reuse(study_runs / name, elsewhere, identity[inputs_of(cells[name])])
-            release(file, name)
+    names, taken = {name for name in todo if cells[name].model in BUILT_HERE}, set()
+    for other in runs.OUTPUTS.glob("*/runs/") if names else ():
+        for name in (names - taken).intersection(os.listdir(other)) if other != study_runs else ():
+            done, folder = other / name, study_runs / name
+            if runs.status(done) == "done" and not stale(done, identity[inputs_of(cells[name])]) and claim(file, name):
+                if runs.status(folder) not in ("running", "done") and not runs.stranger(folder):
+                    reuse(folder, done)
+                    taken.add(name)
+                release(file, name)
     return taken
 
 

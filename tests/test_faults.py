@@ -402,11 +402,11 @@ def test_a_run_repeated_with_an_edited_notebook_says_so(workspace, whole):
     one, other = record(whole)["code"], record(folder)["code"]
     assert one == [provenance.code()]
     assert other[0]["lib"] == one[0]["lib"] and other[0]["notebook"] != one[0]["notebook"]
-    note = provenance.code_note(pd.Series({"a": one, "b": one, "c": other}))
+    note = runs.code_note(pd.Series({"a": one, "b": one, "c": other}))
     assert "2 versions" in note and "2 runs, such as a" in note and "1 runs, such as c" in note
-    assert provenance.code_note(pd.Series({"a": one, "b": one, "c": None})) == ""
+    assert runs.code_note(pd.Series({"a": one, "b": one, "c": None})) == ""
     resumed = pd.Series({"a": one, "b": str(one + other)})  # a table keeps the list as text
-    assert "1 runs, such as b" in provenance.code_note(resumed)
+    assert "1 runs, such as b" in runs.code_note(resumed)
 
 
 def test_parameters_are_no_code():
