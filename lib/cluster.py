@@ -54,7 +54,6 @@ def _papermill(params: dict, folder: Path, gpu_share: float) -> dict:
     os.environ |= {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "GRPO_NOISE_GPU_SHARE": str(gpu_share or 1)}
     if not gpu_share:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a run without a part of a GPU leaves it alone
-    import pandas as pd
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
@@ -62,6 +61,8 @@ def _papermill(params: dict, folder: Path, gpu_share: float) -> dict:
     try:
         papermill.execute_notebook(str(runs.ROOT / "notebooks/02_train.ipynb"), str(folder / "notebook.ipynb"), params,
                                    kernel_name="python3", progress_bar=False, cwd=str(runs.ROOT))
+        import pandas as pd  # not before: the run is to begin
+
         clean = pd.read_parquet(folder / "metrics.parquet", columns=["clean_mean"]).clean_mean.dropna()
         return {"status": "done", "clean": float(clean.tail(max(1, len(clean) // 10)).mean())}
     except PapermillExecutionError as e:
