@@ -96,7 +96,6 @@ site: .venv-site/.ready
 	@.venv-site/bin/python -m pip install --quiet -r requirements/site.txt
 	@touch $@
 
-
 # JupyterLab at notebooks/START.md. OPTIONS="--no-browser --port 8890" and the like are passed on.
 lab: setup
 	@JUPYTER_CONFIG_PATH=$(CURDIR)/.jupyter $(BIN)/jupyter lab $(OPTIONS)
@@ -133,8 +132,7 @@ lock:
 	@wc -l requirements/*.txt
 
 clean:
-	rm -rf $(VENV) .venv-vllm .venv-audit *.egg-info build .pytest_cache .ruff_cache .hypothesis models outputs/*/runs
-
-	rm -rf $(VENV) .venv-vllm .venv-site *.egg-info build .pytest_cache .ruff_cache .hypothesis models outputs/*/runs
+	rm -rf $(VENV) .venv-vllm .venv-audit .venv-site *.egg-info build .pytest_cache .ruff_cache .hypothesis models \
+	  outputs/*/runs
 	find data -mindepth 1 -maxdepth 1 -type d -exec rm -rf {} +
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -384,19 +384,14 @@ class Verifier:
             for i, text in enumerate(texts):
                 if not isinstance(text, str):
                     raise ValueError(f"{name}[{i}] must be a string, got {type(text).__name__}: {text!r:.80}")
-        grades: list[Grade | None] = []
-        pending: dict[tuple[str, str], bool | None] = {}
-        for gold, completion in zip(golds, completions, strict=True):
-            grade = self._without_sympy(gold, last_boxed(completion), shortcut)
-            grades.append(grade)
-            if grade.method == "symbolic":
-                pending[gold, grade.answer] = None
-        self._ask_all(pending)
-        for i, (gold, grade) in enumerate(zip(golds, grades, strict=True)):
-            if grade.method == "symbolic":
-                equal = pending[gold, grade.answer]
-                method = "timeout" if equal is None else "symbolic"
-                grades[i] = Grade(bool(equal), method, grade.exact, grade.answer)
+        grades = [self._without_sympy(gold, last_boxed(text), shortcut)
+                  for gold, text in zip(golds, completions, strict=True)]
+        asked = {i: (golds[i], grade.answer) for i, grade in enumerate(grades) if grade.method == "symbolic"}
+        verdicts = self._ask_all(list(dict.fromkeys(asked.values())))
+        for i, pair in asked.items():
+            equal = verdicts[pair]
+            method = "timeout" if equal is None else "symbolic"
+            grades[i] = Grade(bool(equal), method, grades[i].exact, grades[i].answer)
         return grades
 
     @staticmethod
@@ -411,23 +406,21 @@ class Verifier:
             return Grade(exact, "exact", exact, answer)
         return Grade(False, "symbolic", exact, answer)
 
-    def _ask_all(self, pending: dict[tuple[str, str], bool | None]) -> None:
-        """Fill in the verdicts: True, False, or None where a limit was passed."""
+    def _ask_all(self, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], bool | None]:
+        """The verdicts: True, False, or None where a limit was passed."""
         if self._owner != os.getpid():  # after a fork the workers answer to the parent, not to us
             self.close.detach()
             self._reset()
         with self._lock:
-            known = {pair: self._cache[pair] for pair in pending if pair in self._cache}
+            known = {pair: self._cache[pair] for pair in pairs if pair in self._cache}
             for pair in known:
                 self._cache.move_to_end(pair)
-        pending.update(known)
-        unknown = [pair for pair in pending if pair not in known]
+        unknown = [pair for pair in pairs if pair not in known]
         if len(unknown) < 2 or self.workers == 1:
-            pending.update((pair, self._ask(pair)) for pair in unknown)
-            return
+            return known | {pair: self._ask(pair) for pair in unknown}
         threads = ThreadPoolExecutor(min(self.workers, len(unknown)))
         try:
-            pending.update(zip(unknown, threads.map(self._ask, unknown), strict=True))
+            return known | dict(zip(unknown, threads.map(self._ask, unknown), strict=True))
         finally:  # after an interrupt, do not grade the rest first
             threads.shutdown(wait=False, cancel_futures=True)
 

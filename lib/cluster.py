@@ -14,8 +14,6 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-import pandas as pd
-
 from lib import BUILT_HERE, ROOT, WORK, data, engines, runs
 
 CHUNK = 16 * 2**20  # bytes of an archive that a process holds at once
@@ -63,6 +61,8 @@ def _papermill(params: dict, folder: Path, gpu_share: float) -> dict:
     try:
         papermill.execute_notebook(str(runs.ROOT / "notebooks/02_train.ipynb"), str(folder / "notebook.ipynb"), params,
                                    kernel_name="python3", progress_bar=False, cwd=str(runs.ROOT))
+        import pandas as pd  # not before: the run is to begin
+
         clean = pd.read_parquet(folder / "metrics.parquet", columns=["clean_mean"]).clean_mean.dropna()
         return {"status": "done", "clean": float(clean.tail(max(1, len(clean) // 10)).mean())}
     except PapermillExecutionError as e:

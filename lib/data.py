@@ -23,6 +23,7 @@ from pathlib import Path
 
 from lib import ROOT, WORK
 from lib.answers import last_boxed
+from lib.files import sha256
 
 HUB_DATASET = "fdyrd/MATH"
 FIELDS = ("problem", "level", "type", "solution")
@@ -344,10 +345,6 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _build(parts: Path, stage: Path, seed: int) -> dict:
     """Merge, split, drop overlaps, write the five files to `stage`; returns what the manifest reports."""
     merged = merge_parts(parts)
@@ -366,7 +363,7 @@ def _build(parts: Path, stage: Path, seed: int) -> dict:
         "differ_in_white_space_only": near_overlaps(merged["train"], test),
         "duplicates": {name: duplicates(merged[name]) for name in merged},
         "empty_answers": [r["sample_id"] for r in merged["train"] + test if not r["answer"].strip()],
-        "sha256": {f"{name}.jsonl": _sha256(stage / f"{name}.jsonl") for name in files},
+        "sha256": {f"{name}.jsonl": sha256(stage / f"{name}.jsonl") for name in files},
     }
 
 
@@ -405,7 +402,8 @@ def make_dataset(source: str, data_dir: str | Path | None = None, math_dir: str 
         manifest = {"parameters": parameters} | _build(parts, stage, data_seed)
         text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
         (stage / "manifest.json").write_text(text, encoding="utf-8")
-        if _unchanged(out, text):
+        kept = out / "manifest.json"
+        if kept.is_file() and kept.read_text(encoding="utf-8") == text and not _changed(out, manifest["sha256"]):
             return out, False
         if out.exists():
             os.replace(out, Path(temporary) / "old")
@@ -413,12 +411,8 @@ def make_dataset(source: str, data_dir: str | Path | None = None, math_dir: str 
     return out, True
 
 
-def _unchanged(folder: Path, manifest: str) -> bool:
-    path = folder / "manifest.json"
-    if not path.is_file() or path.read_text(encoding="utf-8") != manifest:
-        return False
-    hashes = json.loads(manifest)["sha256"]
-    return all((folder / f).is_file() and _sha256(folder / f) == digest for f, digest in hashes.items())
+def _changed(folder: Path, hashes: dict[str, str]) -> list[str]:
+    return [name for name, expected in hashes.items() if sha256(folder / name) != expected]
 
 
 def read_manifest(data_dir: str | Path) -> dict:
@@ -440,11 +434,10 @@ def read_manifest(data_dir: str | Path) -> dict:
 
 
 def data_hash(data_dir: str | Path) -> str:
-    """sha256 over the files of a dataset, recomputed; ValueError if one has changed since it was made."""
+    """sha256 over the files of a dataset; ValueError if one has changed since it was made."""
     folder, hashes = data_folder(data_dir), read_manifest(data_dir)["sha256"]
-    for name, digest in hashes.items():
-        if not (folder / name).is_file() or _sha256(folder / name) != digest:
-            raise ValueError(f"{shown(folder)}/{name} has changed since it was made: run 01_data again")
+    for name in _changed(folder, hashes):
+        raise ValueError(f"{shown(folder)}/{name} has changed since it was made: run 01_data again")
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 

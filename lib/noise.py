@@ -14,9 +14,12 @@ changed at p=.1 would be changed at p=.2 too), and `replay` can prove a log row 
 import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LEVELS = ("rollout", "group", "prompt")
 _STREAMS = {"change": 1, "abstain": 2}
@@ -100,7 +103,7 @@ def observe(chan: Channel, true_reward, noise_seed: int, step, sample_id, rollou
     return r
 
 
-def replay(log: pd.DataFrame, chan: Channel, noise_seed: int) -> pd.DataFrame:
+def replay(log: "pd.DataFrame", chan: Channel, noise_seed: int) -> "pd.DataFrame":
     """The rows of a reward log that this channel would not have written: empty if the log is proven.
 
     log: columns step, sample_id, rollout, observed_reward and verdict (or true_reward).

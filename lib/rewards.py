@@ -4,19 +4,22 @@ TRL calls `f(prompts, completions, completion_ids, **columns, trainer_state, log
 generation batch, completions of a prompt side by side, and expects one float (or None: withheld) a completion.
 """
 
-import os
 import shutil
 from collections import Counter, defaultdict
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lib import noise
 from lib.answers import Verifier, last_boxed, normalize
+from lib.files import write_atomically
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LOG_SCHEMA = pa.schema([
     ("step", pa.int32()), ("sample_id", pa.string()), ("rollout", pa.int16()),
@@ -138,6 +141,8 @@ def estimator(mitigation: str, a: float = 0.0, b: float = 0.0):
 
 def sgrpo_advantages(r, groups, p: float) -> np.ndarray:
     """S-GRPO: each group's std-normalised advantages (n,), times w*(group mean, p). 0 in a group without signal."""
+    import pandas as pd
+
     grouped = pd.Series(np.asarray(r, float)).groupby(list(groups))
     mean, std = grouped.transform("mean"), grouped.transform("std")
     return (sgrpo_weight(mean.to_numpy(), p) * ((r - mean) / (std + 1e-4))).to_numpy()
@@ -190,26 +195,6 @@ def realised_rates(true_reward, observed_reward) -> dict[str, float]:
             "realised_false_negative_rate": share(kept & (t == 1), r == 0)}
 
 
-def write_atomically(path: Path, content: str | bytes, flush: bool = True):
-    """Write a small file so that a reader, or the next start after a crash, sees the old or the new one, never half.
-
-    flush: wait for the disk. Without, a crash of the machine (not of the process) can leave an empty file.
-    OSError names the file, also where the system does not, such as on a full disk.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            if flush:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as e:
-        part.unlink(missing_ok=True)
-        raise OSError(e.errno, f"{e.strerror} (mend that and start again: a run goes on from its last checkpoint)",
-                      str(path)) from None
-
-
 def write_step(folder: Path, table: pa.Table):
     """One generation step as one file, so a kill between steps loses nothing and a repeated step replaces itself."""
     memory = pa.BufferOutputStream()  # one system call instead of thirty small ones
@@ -242,9 +227,9 @@ def logged_until(run_folder, every: int = 1) -> int:
     return next(step for step in count(0, every) if step not in steps)
 
 
-def _read(file: Path) -> pd.DataFrame:
+def _read(file: Path) -> "pd.DataFrame":
     try:
-        return pd.read_parquet(file)
+        return pq.read_table(file).to_pandas()
     except (pa.ArrowException, OSError) as e:
         if isinstance(e, FileNotFoundError):
             raise
@@ -252,11 +237,13 @@ def _read(file: Path) -> pd.DataFrame:
                          "goes on from the last checkpoint before the damage") from None
 
 
-def read_log(run_folder) -> pd.DataFrame:
+def read_log(run_folder) -> "pd.DataFrame":
     """The reward log of a run, finished or not: a row a completion, in the order of steps (columns: LOG_SCHEMA).
 
     FileNotFoundError if there is none, ValueError if a file of it is damaged.
     """
+    import pandas as pd
+
     whole, parts = Path(run_folder) / "rewards.parquet", sorted(Path(run_folder).glob("rewards/step-*.parquet"))
     if not whole.exists() and not parts:
         raise FileNotFoundError(f"{Path(run_folder).name} has no reward log: it stopped before its first step")
@@ -274,7 +261,7 @@ def join_log(run_folder):
         shutil.rmtree(Path(run_folder) / "rewards")
 
 
-def _write_log(path: Path, log: pd.DataFrame):
+def _write_log(path: Path, log: "pd.DataFrame"):
     memory = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pandas(log, LOG_SCHEMA, preserve_index=False), memory)
     write_atomically(path, memory.getvalue())

@@ -1,40 +1,36 @@
 """The run contract: what a run's parameters are, what its folder is called and holds, and when it counts as done."""
 
-import ast
 import difflib
 import fcntl
-import hashlib
 import itertools
 import json
 import math
 import os
-import platform
 import re
-import resource
 import shutil
-import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import numpy as np
-import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lib import BUILT_HERE, ROOT, WORK, data, engines, hub
+from lib.files import SUMS, digest, read, read_json, seal, sha256, unsealed, write_atomically
 from lib.noise import Channel, channel, replay
-from lib.rewards import drop_steps_from, estimator, logged_until, read_log, write_atomically
+from lib.provenance import assignments, code, peak_memory_mb, provenance
+from lib.rewards import drop_steps_from, estimator, logged_until, read_log
+
+if TYPE_CHECKING:  # planning 10,000 runs needs no table
+    import pandas as pd
 
 NOISE = set(signature(channel).parameters)  # the parameters that name a channel
 PROFILES, STUDIES, OUTPUTS = ROOT / "params/profiles", ROOT / "params/studies", WORK / "outputs"
-SUMS = "SHA256SUMS"  # in each checkpoint and finished run: what its files were when they were whole
 NOT_HASHED = {"output_dir", "report_to", "gradient_checkpointing"}  # these do not change what a run computes
 ADDED_LATER: set[str] = set()  # not hashed at their defaults, so that earlier runs keep their names
 
@@ -107,12 +103,7 @@ class Params(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self):
-        target = (WORK / self.output_dir).resolve()
-        if ".." in Path(self.output_dir).parts or not any(
-                target.is_relative_to(root) for root in (WORK, (WORK / "outputs").resolve())):
-            raise ValueError(f"output_dir={self.output_dir!r} leaves the workspace: name a folder such as outputs/mine")
-        data.data_folder(self.data_dir)
-        channel(**self.noise())
+        _check_folders(WORK, self.output_dir, self.data_dir)
         estimator(self.mitigation, *self.assumed_rates)
         if self.mitigation == "sgrpo" and self.scale_rewards != "none":
             raise ValueError("mitigation='sgrpo' returns advantages itself, and scale_rewards="
@@ -136,26 +127,31 @@ class Params(BaseModel):
                 "between two optimiser steps on the same rollouts cannot be resumed exactly")
         return self
 
-    def noise(self) -> dict[str, Any]:
-        """The parameters that name the channel, for `lib.noise.channel`."""
-        return self.model_dump(include=NOISE)
-
     @property
     def channel(self) -> Channel:
         """The noise channel of the run."""
-        return channel(**self.noise())
+        return channel(**{name: getattr(self, name) for name in NOISE})
 
     @property
     def assumed_rates(self) -> tuple[float, float]:
         """(a, b) that a mitigation believes in: the channel's own, unless others are given."""
-        a, b = self.assumed_false_positive_rate, self.assumed_false_negative_rate
-        return (self.channel.false_positive_rate if a is None else a,
-                self.channel.false_negative_rate if b is None else b)
+        a, b, own = self.assumed_false_positive_rate, self.assumed_false_negative_rate, self.channel
+        return own.false_positive_rate if a is None else a, own.false_negative_rate if b is None else b
 
     @property
     def folder(self) -> Path:
         """The folder of the run."""
         return WORK / self.output_dir / "runs" / run_id(self)
+
+
+@lru_cache  # the cells of a study share their folders
+def _check_folders(work: Path, output_dir: str, data_dir: str):
+    """ValueError if a folder among the parameters is not one, or leaves the workspace, also through a link."""
+    target = (work / output_dir).resolve()
+    if ".." in Path(output_dir).parts or not any(
+            target.is_relative_to(root) for root in (work, (work / "outputs").resolve())):
+        raise ValueError(f"output_dir={output_dir!r} leaves the workspace: name a folder such as outputs/mine")
+    data.data_folder(data_dir)
 
 
 class Study(BaseModel):
@@ -247,23 +243,15 @@ def load_yaml(folder: Path, name: str, kind: str) -> tuple[dict, Path]:
                          f"{getattr(e, 'problem', e)}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path.name}:1: a {kind} is a mapping of names to values")
-    for key, value in _leaves(values):
-        if key in ("output_dir", "data_dir") and isinstance(value, str) and (
-                value.startswith(("/", "~", "\\")) or ".." in Path(value).parts):
-            raise ValueError(f"{path.name}: {key}={value!r} leaves the project: name a folder below it")
     return values, path
 
 
-def _leaves(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(nearest key, value) of everything in nested mappings and lists."""
-    if isinstance(values, dict):
-        for name, value in values.items():
-            yield from _leaves(value, name)
-    elif isinstance(values, list):
-        for value in values:
-            yield from _leaves(value, key)
-    else:
-        yield key, values
+def _check_below(values: dict[str, Any], where: str):
+    """ValueError if a file names a folder that is not below the project, as only a user may (in a notebook)."""
+    for key in {"output_dir", "data_dir"} & set(values):
+        for value in map(str, values[key] if isinstance(values[key], list) else [values[key]]):
+            if value.startswith(("/", "~", "\\")) or ".." in Path(value).parts:
+                raise ValueError(f"{where}: {key}={value!r} leaves the project: name a folder below it")
 
 
 def selected_file(profile: str) -> Path:
@@ -295,7 +283,8 @@ def resolve(profile: str = "tiny", use_selected: bool = False, **given) -> Param
 
 def _defaults(profile: str, use_selected: bool) -> dict[str, Any]:
     """What a profile and, if asked for, the hyperparameter study's choice say. Reads two files."""
-    values, _ = load_yaml(PROFILES, profile, "profile")
+    values, path = load_yaml(PROFILES, profile, "profile")
+    _check_below(values, path.name)
     return values | (selected(profile) if use_selected else {})
 
 
@@ -314,21 +303,13 @@ def given_parameters(names: dict[str, Any], known=()) -> dict[str, Any]:
     known = set(known) or set(Params.model_fields)
     given: dict[str, Any] = {}
     for cell in names.get("In", []):
-        assigned = _assignments(cell)
+        assigned = assignments(cell)
         if cell.startswith("# Parameters\n") or known & set(assigned):
             given |= assigned
     unknown = [n for n in given if n not in known]
     if unknown:
         raise ValueError("; ".join(f"{n!r} is not a parameter{nearest(n, known)}" for n in unknown))
     return {n: names[n] for n in given}
-
-
-def _assignments(cell: str) -> dict[str, Any]:
-    """name -> value if the cell is nothing but `name = literal` lines, else {}."""
-    try:
-        return {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(cell).body}
-    except (AttributeError, SyntaxError, ValueError):
-        return {}
 
 
 def load_study(name: str, profile: str) -> tuple[Study, list[Params]]:
@@ -345,6 +326,7 @@ def load_study(name: str, profile: str) -> tuple[Study, list[Params]]:
     runs, names, defaults = [], {}, _defaults(profile, study.use_selected)  # read once, not once a cell
     for i, arm in enumerate(study.arms):
         cells = {**study.fixed, **arm}
+        _check_below(cells, path.name)
         templates = [cells.pop("name", None), cells.pop("reference", study.reference)]
         lists = {k: v if isinstance(v, list) else [v] for k, v in cells.items()}
         given = {"seed", "base_seed", "profile", "output_dir", "use_selected"} & set(lists)
@@ -397,17 +379,18 @@ def describe(params: Params | dict) -> tuple[str, str, float]:
     return arm + (level if used[-1][1] else ""), " + ".join(n for n, _ in used) + level, used[-1][1]
 
 
-def digest(values: Any, length: int = 8) -> str:
-    """The first hex digits of the sha256 of JSON-serialisable values, independent of key order."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:length]
-
-
+@cache
 def run_id(params: Params) -> str:
     """Readable settings and 8 hex digits of the hash of all parameters, such as flip-0.2-s1-1c2f9a03."""
-    arm = re.sub(r"[^0-9a-z.]+", "-", describe(params)[0].lower()).strip("-")
-    base = f"-b{params.base_seed}" if params.base_seed else ""
-    same = {name for name in ADDED_LATER if getattr(params, name) == Params.model_fields[name].default}
-    return f"{arm}{base}-s{params.seed}-{digest(params.model_dump(exclude=NOT_HASHED | same))}"
+    return _name(vars(params))
+
+
+def _name(p: dict[str, Any]) -> str:
+    """`run_id` of parameters as params.json holds them."""
+    arm = re.sub(r"[^0-9a-z.]+", "-", describe(p)[0].lower()).strip("-")
+    base = f"-b{p['base_seed']}" if p["base_seed"] else ""
+    same = {name for name in ADDED_LATER if name in p and p[name] == Params.model_fields[name].default}
+    return f"{arm}{base}-s{p['seed']}-{digest({name: p[name] for name in p.keys() - NOT_HASHED - same})}"
 
 
 # --- the folder of a run ----------------------------------------------------------------------------------------
@@ -428,71 +411,32 @@ def status(folder: Path) -> str:
     return "interrupted" if (folder / "params.json").exists() else "missing"
 
 
-def seal(folder: Path, *names: str):
-    """Write SHA256SUMS (as `sha256sum -c` reads it) of files in `folder`, after they have reached the disk."""
-    for name in names:
-        with open(folder / name, "rb") as file:
-            os.fsync(file.fileno())
-    write_atomically(folder / SUMS, "".join(f"{_sha256(folder / name)}  {name}\n" for name in names))
-
-
-def unsealed(folder: Path) -> list[str]:
-    """Names of the files that are not as `seal` found them; SHA256SUMS itself if it is missing or cut off."""
-    try:
-        lines = [line.partition("  ") for line in (folder / SUMS).read_text(errors="replace").splitlines()]
-    except FileNotFoundError:
-        return [SUMS]
-    wrong = [name or SUMS for expected, _, name in lines
-             if not name or not (folder / name).is_file() or _sha256(folder / name) != expected]
-    return wrong if lines else [SUMS]
-
-
 def damage(folder: Path) -> str | None:
     """What is wrong with a finished run, or None: it has the files that it finished with, and the name that is its own.
 
     Runs that finished before there were sums are judged by the hash of the adapter, which DONE holds.
     """
-    if stranger(folder):
-        return f"params.json is that of {stranger(folder)}"
-    wrong = unsealed(folder) if (folder / SUMS).exists() else []
-    wrong = wrong or [name for name in ("params.json", "provenance.json") if not _read_json(folder / name)]
-    if not wrong and (folder / "DONE").read_text(errors="replace").strip() != adapter_hash(folder):
+    other = stranger(folder)
+    if other:
+        return f"params.json is that of {other}"
+    wrong = unsealed(folder)
+    if wrong == [SUMS] and not (folder / SUMS).exists():
+        wrong = [name for name in ("params.json", "provenance.json") if not read_json(f"{folder}/{name}")]
+    if not wrong and read(f"{folder}/DONE").decode(errors="replace").strip() != adapter_hash(folder):
         wrong = ["DONE or adapter/adapter_model.safetensors"]
     return f"{', '.join(wrong)}: missing, cut off or changed" if wrong else None
 
 
-def stranger(folder: Path) -> str | None:
-    """The run whose params.json the folder holds, if it is not the one that the folder is named after."""
-    there = _read_params(folder)
-    return run_id(there) if there and run_id(there) != folder.name else None
+def stranger(folder: Path, name: str | None = None) -> str | None:
+    """The run whose params.json the folder holds, if it is not `name`: the one that the folder is named after.
 
-
-def _sha256(path: Path) -> str:
-    """sha256 of a file, computed once a process for one content: a sweep asks for the status of each run often."""
-    about = path.stat()
-    return _sha256_of(path, about.st_ino, about.st_mtime_ns, about.st_size)
-
-
-@cache
-def _sha256_of(path: Path, *_) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read_json(path: Path) -> dict | None:
-    """The mapping in a file, or None if there is no such file or it is damaged."""
+    The file is hashed as it stands, since 10,000 of them are read at once: what it says is checked when it is used.
+    """
     try:
-        values = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+        there = _name(read_json(f"{folder}/params.json"))
+    except (KeyError, TypeError, ValueError):  # damaged: nothing says that it is another's
         return None
-    return values if isinstance(values, dict) else None
-
-
-def _read_params(folder: Path) -> Params | None:
-    try:
-        return Params(**_read_json(folder / "params.json"))
-    except (TypeError, ValidationError):
-        return None
+    return there if there != (name or folder.name) else None
 
 
 def hold(folder: Path):
@@ -567,11 +511,11 @@ def begin(folder: Path, params: Params, **identity: str) -> tuple[dict[str, Any]
     Damage is mended by going back to what is whole, and the record says so under `mended`. A contradiction is refused
     with ValueError: params.json of another run, or `identity` (policy_hash, data_hash) other than when the run began.
     """
-    there = _read_params(folder)
-    if there and run_id(there) != run_id(params):
-        raise ValueError(f"{data.shown(folder)} holds the params.json of {run_id(there)}: it was copied or renamed by "
-                         "hand. Move it away or delete it, then start again")
-    before, mended = _read_json(folder / "provenance.json"), []
+    there = stranger(folder, run_id(params))
+    if there:
+        raise ValueError(f"{data.shown(folder)} holds the params.json of {there}: it was copied or renamed by hand. "
+                         "Move it away or delete it, then start again")
+    before, mended = read_json(folder / "provenance.json"), []
     changed = [name for name in identity if before and before.get(name) != identity[name]]
     if changed:
         raise ValueError(f"{folder.name} began with another {' and another '.join(c[:-5] for c in changed)} (hash "
@@ -653,61 +597,12 @@ def steps_in(params: Params, problems: int) -> int:
     return math.ceil(problems // prompts * params.num_iterations * params.num_train_epochs)
 
 
-def provenance(**more) -> dict[str, Any]:
-    """Commit, versions, machine and whatever the run adds. No user name, host name or path."""
-    versions = {}
-    for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "ray", "papermill", "math-verify",
-                 "numpy", "vllm", "unsloth"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {**commit(), "python": platform.python_version(), "versions": versions, "cpu": cpu_name(),
-            "cores": os.cpu_count(), "gpu": gpu_name(), **more}
-
-
-def commit() -> dict[str, Any]:
-    """The commit of this code, and whether tracked files differ from it: None where it is not a git checkout.
-
-    On a node of a cluster the code came through Ray, and the sweep says what it was.
-    """
-    if "GRPO_NOISE_COMMIT" in os.environ:
-        return json.loads(os.environ["GRPO_NOISE_COMMIT"])
-
-    def git(*args):
-        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!outputs")
-    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": None if changed is None else bool(changed)}
-
-
-def cpu_name() -> str:
-    """The processor's name."""
-    try:
-        return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):
-        return platform.processor() or platform.machine()
-
-
-def gpu_name() -> str | None:
-    """Name, driver and memory (MiB) of the GPUs, or None without a GPU."""
-    return "; ".join(", ".join(gpu) for gpu in engines.gpu_query("name,driver_version,memory.total")) or None
-
-
-def peak_memory_mb() -> int:
-    """The largest resident size of this process so far, in MB (Linux reports kB, macOS bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak // (1024 if platform.system() == "Linux" else 1024**2)
-
-
 def adapter_hash(folder: Path) -> str | None:
     """sha256 of a run's final adapter weights, or None if they are not there."""
-    file = folder / "adapter/adapter_model.safetensors"
-    return _sha256(file) if file.exists() else None
+    return sha256(f"{folder}/adapter/adapter_model.safetensors")
 
 
-def prove(folder: Path) -> tuple[int, pd.DataFrame]:
+def prove(folder: Path) -> "tuple[int, pd.DataFrame]":
     """Draw a run's noise again from its params.json: (rows in rewards.parquet, those that do not fit).
 
     A row fits if the channel turns its verdict into its observed reward, and the mitigation that into what was
@@ -724,21 +619,7 @@ def prove(folder: Path) -> tuple[int, pd.DataFrame]:
     return len(log), log[other | log.index.isin(wrong.index)]
 
 
-def code(executed: list[str] | None = None) -> dict[str, str]:
-    """sha256 of the code cells of 02_train and of lib's modules, which tell apart runs from before and after an edit.
-
-    executed: the cells that this kernel executed (IPython's `In`), else those that are on disk. Cells of nothing but
-    assignments are left out: parameters are in params.json.
-    """
-    if executed is None:
-        cells = json.loads((ROOT / "notebooks/02_train.ipynb").read_text())["cells"]
-        executed = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    cells = [cell.strip() for cell in executed if cell.strip() and not _assignments(cell)]
-    return {"notebook": digest(cells, 64),
-            "lib": digest({path.name: _sha256(path) for path in (ROOT / "lib").glob("*.py")}, 64)}
-
-
-def code_note(code: pd.Series) -> str:
+def code_note(code: "pd.Series") -> str:
     """A sentence if runs come from different code, else "". code: run_id -> what provenance records as `code`."""
     kinds: dict[tuple, list[str]] = {}
     for name, hashes in code.dropna().astype(str).str.findall(r"\b[0-9a-f]{64}\b").items():

@@ -390,10 +390,8 @@ def binomial_interval(successes: int, trials: int, level: float = 0.95) -> tuple
     """(rate, low, high): exact Clopper-Pearson interval for a count of independent draws; (NaN, 0, 1) for no draw."""
     if trials == 0:
         return float("nan"), 0.0, 1.0
-    k, n = int(successes), int(trials)
-    low = special.betaincinv(k, n - k + 1, (1 - level) / 2) if k else 0.0
-    high = special.betaincinv(k + 1, n - k, (1 + level) / 2) if k < n else 1.0
-    return k / n, float(low), float(high)
+    low, high = stats.binomtest(int(successes), int(trials)).proportion_ci(level)
+    return successes / trials, float(low), float(high)
 
 
 # ---- aggregates of rliable (Agarwal et al. 2021, arXiv 2108.13264), with questions as tasks

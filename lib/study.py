@@ -5,7 +5,6 @@ rendered notebooks are. `make study` calls this.
 """
 
 import argparse
-import hashlib
 import os
 import sys
 import time
@@ -15,7 +14,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from lib import BUILT_HERE, ROOT, data, runs, sweep
+from lib import BUILT_HERE, ROOT, data, files, runs, sweep
 
 
 def execute(notebook: str, folder: Path, console: Console, name: str | None = None, **parameters):
@@ -58,7 +57,7 @@ def state(study: runs.Study, grid: list[runs.Params], *notebooks: str) -> str:
     finished = {runs.run_id(p): (p.folder / "DONE").read_text() if runs.status(p.folder) == "done" else
                 runs.status(p.folder) for p in grid}
     sources = [*sorted((ROOT / "lib").glob("*.py")), *(ROOT / f"notebooks/{n}.ipynb" for n in notebooks)]
-    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]
+    hashes = [files.sha256(path) for path in sources]
     return runs.digest([study.model_dump(), finished, sorted({data.data_hash(p.data_dir) for p in grid}), hashes], 64)
 
 

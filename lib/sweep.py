@@ -24,8 +24,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from lib import BUILT_HERE, ROOT, cluster, data, engines, runs
+from lib import BUILT_HERE, ROOT, cluster, data, engines, provenance, runs
 from lib.cluster import execute
+from lib.files import read
 
 CLAIMS = ".sweeps/claims"  # below the runs of a study
 LOOK_AGAIN = 2  # seconds between two looks at runs that another process executes
@@ -82,22 +83,18 @@ def identities(grid: list[runs.Params]) -> dict[tuple, dict[str, str]]:
 
 def stale(folder: Path, identity: dict[str, str]) -> str | None:
     """Which input a finished run does not share with today's: "base policy", "data", or None."""
-    record = json.loads((folder / "provenance.json").read_text())
+    record = json.loads(read(f"{folder}/provenance.json"))
     trained_from = {"base policy": record["policy_hash"], "data": record["data_hash"]}
     return next((what for what in identity if identity[what] != trained_from[what]), None)
 
 
-def reuse(folder: Path, elsewhere: list[Path], identity: dict[str, str]) -> bool:
-    """Take over the same finished run from another study: same parameters, policy and data. Files are hard links."""
-    for done in elsewhere:
-        if done != folder and runs.status(done) == "done" and not stale(done, identity):
-            part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-            shutil.rmtree(part, ignore_errors=True)
-            shutil.copytree(done, part, copy_function=os.link, ignore=shutil.ignore_patterns(".lock"))
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(part, folder)
-            return True
-    return False
+def reuse(folder: Path, other: Path):
+    """Take over the same finished run from another study, by hard links."""
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(other, part, copy_function=os.link, ignore=shutil.ignore_patterns(".lock"))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
 
 
 # --- two sweeps at once -----------------------------------------------------------------------------------------
@@ -158,21 +155,20 @@ def run_grid(grid: list[runs.Params], address: str | None = None, cpus_per_run: 
         return sweep.failed
 
 
-def take_over(todo: list[str], cells: dict[str, runs.Params], identity: dict, study_runs: Path, file) -> list[str]:
+def take_over(todo: list[str], cells: dict[str, runs.Params], identity: dict, study_runs: Path, file) -> set[str]:
     """Those of the runs that another study has finished and that are now in this one as well.
 
     Only for policies that were built here, whose hash is known without loading them.
     """
-    names, found = {name for name in todo if cells[name].model in BUILT_HERE}, {}
-    for done in runs.OUTPUTS.glob("*/runs/*/DONE") if names else ():
-        if done.parent.name in names:
-            found.setdefault(done.parent.name, []).append(done.parent)
-    taken = []
-    for name, elsewhere in found.items():
-        if claim(file, name):
-            if runs.status(study_runs / name) not in ("running", "done") and not runs.stranger(study_runs / name):
-                taken += [name] * reuse(study_runs / name, elsewhere, identity[inputs_of(cells[name])])
-            release(file, name)
+    names, taken = {name for name in todo if cells[name].model in BUILT_HERE}, set()
+    for other in runs.OUTPUTS.glob("*/runs/") if names else ():
+        for name in (names - taken).intersection(os.listdir(other)) if other != study_runs else ():
+            done, folder = other / name, study_runs / name
+            if runs.status(done) == "done" and not stale(done, identity[inputs_of(cells[name])]) and claim(file, name):
+                if runs.status(folder) not in ("running", "done") and not runs.stranger(folder):
+                    reuse(folder, done)
+                    taken.add(name)
+                release(file, name)
     return taken
 
 
@@ -188,7 +184,7 @@ def connected(address: str | None):
     environment = None
     if address:
         environment = {"working_dir": str(ROOT), "excludes": ["/*", "!/lib", "!/notebooks", "!/params", "__pycache__"],
-                       "env_vars": {"GRPO_NOISE_COMMIT": json.dumps(runs.commit())}}
+                       "env_vars": {"GRPO_NOISE_COMMIT": json.dumps(provenance.commit())}}
     if address and address.rpartition(":")[2].isdigit() and "//" not in address:  # Ray itself takes minutes to say so
         try:
             socket.create_connection(address.rsplit(":", 1), timeout=10).close()
@@ -387,7 +383,7 @@ def plan(study: runs.Study, grid: list[runs.Params], console: Console):
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     count = ", ".join(f"{n} {s}" for s, n in Counter(row[-1] for row in rows[1:]).most_common())
-    console.out("\n".join([*lines, f"{len(grid)} runs: {count}"]), highlight=False)  # rich's tables are slow
+    print("\n".join([*lines, f"{len(grid)} runs: {count}"]), file=console.file)  # rich is slow
 
 
 def add_options(parser: argparse.ArgumentParser):

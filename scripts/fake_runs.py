@@ -3,7 +3,8 @@
     python scripts/fake_runs.py FOLDER [--cells 10000]
 
 FOLDER becomes a workspace: real data, a base policy of random weights, params in study.yaml, and for every cell but the
-last a folder with the files that planning reads. GRPO_NOISE_WORK=FOLDER python -m lib.sweep FOLDER/study.yaml --dry-run
+last a sealed folder with the files of a finished run, each of a few bytes. Then
+GRPO_NOISE_WORK=FOLDER python -m lib.sweep FOLDER/study.yaml --dry-run
 """
 
 import argparse
@@ -40,19 +41,26 @@ def make_inputs():
     (policy / "policy.json").write_text(json.dumps({"hash": policies.weights_hash(policies.tiny_model(0))}))
 
 
+def sha256(text: str) -> str:
+    """The sum of a file with this text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def finish_runs(study: Path) -> int:
     """Write the folders of all cells but the last one; how many."""
     from lib import data, runs
 
     _, grid = runs.load_study(str(study), "tiny")
-    adapter, done = b"no adapter", hashlib.sha256(b"no adapter").hexdigest()
+    done = sha256("no adapter")
     record = json.dumps({"policy_hash": json.loads((runs.WORK / "models/tiny-s0/policy.json").read_text())["hash"],
                          "data_hash": data.data_hash("arithmetic"), "adapter_hash": done})
+    same = {"provenance.json": record, "rewards.parquet": "no log", "metrics.parquet": "no metrics",
+            "adapter/adapter_config.json": "{}", "adapter/adapter_model.safetensors": "no adapter"}
     for p in grid[:-1]:
+        sealed = same | {"params.json": json.dumps(p.model_dump())}
+        sums = "".join(f"{sha256(text)}  {name}\n" for name, text in sealed.items())  # runs.seal waits for the disk
         (p.folder / "adapter").mkdir(parents=True)
-        (p.folder / "adapter/adapter_model.safetensors").write_bytes(adapter)
-        for name, text in (("params.json", json.dumps(p.model_dump())), ("provenance.json", record),
-                           ("notebook.ipynb", "{}"), ("DONE", done + "\n")):
+        for name, text in (sealed | {runs.SUMS: sums, "notebook.ipynb": "{}", "DONE": done + "\n"}).items():
             (p.folder / name).write_text(text)
     return len(grid) - 1
 

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import processes
 from test_sweep import command, inputs, work  # noqa: F401
 
-from lib import ROOT, rewards, runs
+from lib import ROOT, provenance, rewards, runs
 
 
 def until(condition, process, seconds=300):
@@ -53,18 +54,6 @@ def adapters(folder):
 # --- one machine ------------------------------------------------------------------------------------------------
 
 
-def leftovers(work):
-    """Processes that work in the workspace."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("GRPO_NOISE_WORK") == str(work) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 @pytest.fixture(scope="module")
 def undisturbed(inputs, tmp_path_factory):
     """The adapters of the study, run by two sweeps at once after a first one was stopped by Ctrl-C."""
@@ -74,7 +63,7 @@ def undisturbed(inputs, tmp_path_factory):
     first.send_signal(signal.SIGINT)
     out, err = first.communicate(timeout=60)
     assert first.returncode == 130 and "Stopped: 0 of 2 runs are done" in out and "goes on from" in out, out + err
-    assert not leftovers(work)
+    assert not processes(work)
     both = [command(work, work / "two.yaml") for _ in range(2)]
     ended = [(p.communicate(timeout=300), p.returncode) for p in both]
     assert [code for _, code in ended] == [0, 0], ended
@@ -88,21 +77,21 @@ def test_two_sweeps_at_once_do_every_run_once_and_both_see_the_end(undisturbed):
     assert executed.count("  done  ") - executed.count("by another process") <= 2
     records = [json.loads(p.read_text()) for p in (work / "outputs/two/runs").glob("*/provenance.json")]
     assert [2] in [r["resumed_from"] for r in records]  # Ctrl-C lost no more than the steps after the checkpoint
-    assert not leftovers(work)
+    assert not processes(work)
 
 
 def test_a_second_signal_ends_at_once_and_leaves_no_process(work):
     process = command(work, work / "two.yaml")
-    until(lambda: leftovers(work) and list((work / "outputs/two/runs").glob("*/.lock")), process)
+    until(lambda: processes(work) and list((work / "outputs/two/runs").glob("*/.lock")), process)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     assert process.wait(10) in (128 + signal.SIGINT, 128 + signal.SIGTERM, 130)
     end = time.time() + 20
-    while leftovers(work) and time.time() < end:
+    while processes(work) and time.time() < end:
         time.sleep(0.2)
-    assert not leftovers(work)
+    assert not processes(work)
 
 
 # --- clusters ---------------------------------------------------------------------------------------------------
@@ -171,7 +160,7 @@ def test_a_node_is_killed_in_mid_sweep(undisturbed, work, tmp_path, shared):
     assert adapters(work / "outputs/two") == undisturbed[2]
     for run in (work / "outputs/two/runs").glob("*/provenance.json"):
         record = json.loads(run.read_text())
-        assert record["git_commit"] == runs.commit()["git_commit"]
+        assert record["git_commit"] == provenance.commit()["git_commit"]
     resumed = [json.loads(p.read_text())["resumed_from"] for p in (work / "outputs/two/runs").glob("*/provenance.json")]
     assert ([2] in resumed) == shared  # without a common file system, what was on the node is lost
     assert not list(places[1].glob("*/outputs/two/runs/*/DONE"))  # what was sent does not stay on the node
@@ -197,4 +186,4 @@ def test_the_submit_script_with_a_stand_in_for_slurm(work, tmp_path):
     for log in ROOT.glob(f"slurm-{os.getpid()}-*.log"):
         log.unlink()
     assert done.returncode == 0 and "2 of 2 nodes have joined" in done.stdout, done.stdout + done.stderr
-    assert len(adapters(work / "outputs/two")) == 2 and not leftovers(work)
+    assert len(adapters(work / "outputs/two")) == 2 and not processes(work)

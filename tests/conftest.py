@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import psutil
 import pytest
 from hypothesis import settings
 
@@ -22,6 +23,18 @@ def papermill(work, notebook, out, check=True, **parameters):
     done = subprocess.run(command, cwd=ROOT, env=env | {"GRPO_NOISE_WORK": str(work)}, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def processes(work):
+    """All processes that were started with this workspace in their environment, whoever their parent is by now."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("GRPO_NOISE_WORK") == str(work) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import yaml
+from conftest import processes
 
 from lib import ROOT, WORK, runs
 
@@ -41,21 +42,9 @@ def study(parent: Path, count: int, steps: int) -> Path:
     return path
 
 
-def ours(work: Path) -> list[psutil.Process]:
-    """All processes that were started with this workspace in their environment, whoever their parent is by now."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("GRPO_NOISE_WORK") == str(work) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 def look(driver: psutil.Process, work: Path, began: float) -> dict[str, float]:
     """One row: MB of the driver and of all its processes, how many there are, what they hold open, what is done."""
-    below = ours(work)
+    below = processes(work)
     row = {"seconds": time.monotonic() - began, "done": len(list((work / "outputs/soak/runs").glob("*/DONE"))),
            "driver MB": driver.memory_info().rss / 2**20, "driver files": driver.num_fds(),
            "driver threads": driver.num_threads(), "processes": len(below), "all MB": 0.0, "ports": 0}
@@ -104,7 +93,7 @@ def main() -> int:
     first = table[table["done"] >= 2].head(1)["driver MB"].mean()
     grown = every["driver MB"].iloc[-1] - first
     statuses = pd.Series([runs.status(f) for f in (work / "outputs/soak/runs").iterdir()]).value_counts().to_dict()
-    left = {"processes": [f"{p.pid} {' '.join(p.cmdline())[:80]}" for p in ours(work)],
+    left = {"processes": [f"{p.pid} {' '.join(p.cmdline())[:80]}" for p in processes(work)],
             "temporary files": leftovers(work / "tmp")}
     session = sum(f.lstat().st_size for f in (work / "tmp/ray").rglob("*") if f.is_file()) / 2**20
     print(f"{args.runs} runs of {args.steps} steps in {rows[-1]['seconds']:.0f} s: {statuses}. The driver grew by "

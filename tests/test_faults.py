@@ -15,7 +15,7 @@ import psutil
 import pytest
 from conftest import papermill
 
-from lib import ROOT, rewards, runs
+from lib import ROOT, provenance, rewards, runs
 
 SETTINGS = dict(max_steps=10, save_steps=2, eval_interval=0, label_flip_rate=0.3)
 NOT_COMPARED = ("seconds/", "train_runtime", "train_samples_per_second", "train_steps_per_second", "step_time",
@@ -400,7 +400,8 @@ def test_a_run_repeated_with_an_edited_notebook_says_so(workspace, whole):
     same(folder, whole)
     assert "rewards.parquet" in record(folder)["mended"][0] and record(folder)["resumed_from"] == []
     one, other = record(whole)["code"], record(folder)["code"]
-    assert one == [runs.code()] and other[0]["lib"] == one[0]["lib"] and other[0]["notebook"] != one[0]["notebook"]
+    assert one == [provenance.code()]
+    assert other[0]["lib"] == one[0]["lib"] and other[0]["notebook"] != one[0]["notebook"]
     note = runs.code_note(pd.Series({"a": one, "b": one, "c": other}))
     assert "2 versions" in note and "2 runs, such as a" in note and "1 runs, such as c" in note
     assert runs.code_note(pd.Series({"a": one, "b": one, "c": None})) == ""
@@ -410,5 +411,5 @@ def test_a_run_repeated_with_an_edited_notebook_says_so(workspace, whole):
 
 def test_parameters_are_no_code():
     cells = ["", "seed = 1", "# Parameters\nseed = 2\n", "print(1)\n"]
-    assert runs.code(cells) == runs.code(["seed = 3  # other", "print(1)"])
-    assert runs.code(cells) != runs.code(["print(2)"])
+    assert provenance.code(cells) == provenance.code(["seed = 3  # other", "print(1)"])
+    assert provenance.code(cells) != provenance.code(["print(2)"])

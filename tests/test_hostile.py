@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from test_hub import NAME, save
 from transformers import TrainerState
 
-from lib import ROOT, data, hub, policies, runs
+from lib import ROOT, data, hub, policies, provenance, runs
 
 CANARY = "hf_canaryCANARYcanaryCANARYcanary01"
 
@@ -313,7 +313,7 @@ def test_a_parameter_stays_in_its_literal(given_value):
     from papermill.translators import PythonTranslator
 
     cell = PythonTranslator.codify({"v": given_value})
-    assert runs._assignments(cell) == {"v": given_value}  # one literal, with the value that was given
+    assert provenance.assignments(cell) == {"v": given_value}  # one literal, with the value that was given
     assert cell.count("\n") == 2 and "\u2028" not in cell
 
 

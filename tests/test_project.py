@@ -178,7 +178,8 @@ def test_the_readme_names_what_exists():
 
 
 def test_lib_modules_import_only_to_their_left():
-    order = ["answers", "noise", "rewards", "data", "hub", "engines", "policies", "runs", "cluster", "sweep", "study"]
+    order = ["answers", "noise", "files", "rewards", "data", "hub", "engines", "policies", "provenance", "runs",
+             "cluster", "sweep", "study"]
     side = {"theory": ["noise"], "stats": ["noise", "theory"], "plots": ["noise", "theory", "stats"]}
     for path in (ROOT / "lib").glob("*.py"):
         text = path.read_text()

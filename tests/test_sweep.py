@@ -80,6 +80,7 @@ def test_planning_reads_each_input_once(work, monkeypatch):
     assert count == {"data_hash": 1, "load_yaml": 2, "check_inputs": 1, "status": 399, "stale": 399}
     record = grid[0].folder / "provenance.json"
     record.write_text(record.read_text().replace('"data_hash": "', '"data_hash": "x'))
+    runs.seal(grid[0].folder, "provenance.json")
     with pytest.raises(ValueError, match="was trained from another data"):
         sweep.run_grid(grid, console=Console(file=io.StringIO()))
 
