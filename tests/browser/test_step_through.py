@@ -154,17 +154,25 @@ class Notebook:
         self.state("busy").wait_for()
 
         def finished():
-            text = " ".join(self.panel.locator(".jp-OutputArea-output").all_inner_texts())
+            text = " ".join(self.panel.locator(".jp-OutputArea-output").all_text_contents())
             now = re.findall(r"step +\d+/\d+|\w+ answers: step \d+ of \d+|base-s0: \d+ of \d+ runs", text)
             self.seen += [now] if now not in self.seen else []
             return self.state("idle").count() and not self.panel.get_by_text("[*]:", exact=True).count()
 
         wait_for(finished, PATIENCE, f"{self.file.name} to finish")
-        self.page.screenshot(path=self.file.with_suffix(".png"))
+        self.look()
         saved = self.file.stat().st_mtime_ns
         self.page.keyboard.press("Control+s")
         wait_for(lambda: self.file.stat().st_mtime_ns != saved, 60, f"{self.file.name} to be saved")
         return [c for c in nbformat.read(self.file, as_version=4).cells if c.cell_type == "code"]
+
+    def look(self):
+        """Scroll from top to bottom and keep a picture of every screenful, for people."""
+        window = self.panel.locator(".jp-WindowedPanel-outer").first
+        for i in range(window.evaluate("e => Math.ceil(e.scrollHeight / e.clientHeight)")):
+            window.evaluate(f"e => e.scrollTo(0, {i} * e.clientHeight)")
+            self.page.wait_for_timeout(200)
+            self.page.screenshot(path=self.file.with_name(f"{self.file.stem}-{i:02}.png"))
 
     def menu(self, *path):
         """Click through the menu bar."""
