@@ -62,11 +62,15 @@ def state(study: runs.Study, grid: list[runs.Params], *notebooks: str) -> str:
 
 
 def to_html(notebook: Path) -> Path:
-    """Render an executed notebook beside itself, without its code: the .ipynb has that."""
+    """Render an executed notebook beside itself, without code and what is about code. The page needs no network."""
     from nbconvert import HTMLExporter
+    from traitlets.config import Config
 
-    page = notebook.with_suffix(".html")
-    page.write_text(HTMLExporter(template_name="lab", exclude_input=True).from_filename(str(notebook))[0])
+    page, scripts = notebook.with_suffix(".html"), ("html_head_js", "html_head_js_mathjax", "html_head_js_mermaidjs")
+    template = "{% extends 'lab/index.html.j2' %}" + "".join(f"{{% block {s} %}}{{% endblock %}}" for s in scripts)
+    config = Config({"TagRemovePreprocessor": {"enabled": True, "remove_cell_tags": ["about-code"]}})
+    exporter = HTMLExporter(raw_template=template, exclude_input=True, config=config)
+    page.write_text(exporter.from_filename(str(notebook))[0])
     return page
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -55,6 +56,13 @@ def test_a_study_leaves_tables_figures_and_rendered_notebooks(study):
     evaluated = pd.read_parquet(folder / "eval.parquet")
     assert len(evaluated) == 3 * 60 * (2 + 1)  # base and two runs, 60 questions, two samples and one greedy answer
     assert list(pd.read_csv(folder / "summary.csv").arm) == ["base", "clean", "flip 0.25"]
+
+
+def test_executed_notebooks_keep_the_last_state_of_their_progress(workspace, study):
+    for path, last in ((workspace / "01b.ipynb", "right answers: step 150 of 150"),
+                       (study[0] / "03_eval.ipynb", "base-s0: 2 of 2 runs")):
+        text = path.read_text()
+        assert last in text and not re.search(r"widget-view|\d%\|", text)  # a bar would be stored as it began
 
 
 def test_every_run_keeps_the_contract(study):

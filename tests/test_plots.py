@@ -1,4 +1,5 @@
 """lib.plots draws what the frames say; 04_analysis runs on synthetic studies of every shape."""
+import re
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import papermill
 import pytest
 from nbclient import NotebookClient
 
-from lib import plots
+from lib import plots, study
 
 sys.path.insert(0, str(Path(__file__).parent))
 from synthetic_study import NAMED, write_study  # noqa: E402
@@ -159,7 +160,8 @@ def analyse(folder, **parameters):
 def test_analysis_of_the_tiny_study_with_two_runs_missing(tmp_path):
     folder = write_study(tmp_path / "tiny", unfinished={5: "failed", 20: "missing"}, rewards_log=True)
     text, results = analyse(folder)
-    assert "# Study tiny, INCOMPLETE: 25 of 27 runs" in text
+    assert "### Study tiny, INCOMPLETE: 25 of 27 runs" in text
+    assert "**This study was cut short.** Runs missing: flip 0.1 (1 of 3), mask 0.3 (1 of 3)." in text
     assert "flip 0.1 (1 left out, 2 pairs)" in text
     assert len(results) == 9 and results.loc["flip 0.1", "seeds"] == 2
     assert results.loc["flip 0.5", "p_holm"] < 0.05 < results.loc["flip 0.5", "estimate"] < 0.5
@@ -169,7 +171,7 @@ def test_analysis_of_the_tiny_study_with_two_runs_missing(tmp_path):
     summary = pd.read_csv(folder / "summary.csv").query("arm == 'clean'")
     clean = evals[evals["run_id"].isin(summary["run_id"])]["exact"].mean()
     assert results.loc["clean", "estimate"] == pytest.approx(clean, abs=1e-5)
-    assert "50 rates tested" in text
+    assert "50 rates tested" in text and "6 of 50 rates: 0 outside" in text  # of one clean run, one flip and one mask
     assert {p.stem for p in (folder / "figures").iterdir()} == {
         "accuracy-vs-noise", "paired-differences", "training-curves", "by-level", "common-axis-J",
         "theory-beside-measurement"}
@@ -241,7 +243,7 @@ def test_analysis_of_channels_of_equal_J(tmp_path):
     text, results = analyse(folder)
     assert "Not compared, because the reference has no evaluated run of the same seeds: votes." in text
     assert np.isnan(results.loc["votes", "J"]) and results.loc["flip .3, group", "J"] == pytest.approx(0.4)
-    assert "9 pairs share their J and differ in channel or in level alone" in text  # 3 a level, 1 a channel
+    assert "share their J and differ in channel or in level alone: 9." in text  # 3 a level, 1 a channel
     assert "Predicted crossing: q* = 0.87 for J = 0.4" in text
     assert {"accuracy-by-arm", "common-axis-J", "theory-beside-measurement"} <= {
         p.stem for p in (folder / "figures").iterdir()}
@@ -274,8 +276,12 @@ def test_analysis_without_tables_says_what_to_run(tmp_path):
     assert f"in {tmp_path.parent.name}/{tmp_path.name}" in str(e.value)  # two folders, not the whole path
 
 
-def test_the_notebook_file_is_clean():
-    notebook = nbformat.read(NOTEBOOK, 4)
-    assert not any(cell.get("outputs") for cell in notebook.cells)
-    assert max(len([x for x in c.source.splitlines() if x.strip()]) for c in notebook.cells
-               if c.cell_type == "code") <= 25
+def test_the_page_of_an_analysis_needs_no_network(tmp_path):
+    cells = nbformat.read(NOTEBOOK, 4).cells
+    assert not any("$" in c.source for c in cells if c.cell_type == "markdown"), "a formula that needs MathJax"
+    code = nbformat.v4.new_markdown_cell("How it is done", metadata={"tags": ["about-code"]})
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# What was found"), code])
+    nbformat.write(notebook, tmp_path / "04.ipynb")
+    page = study.to_html(tmp_path / "04.ipynb").read_text()
+    assert "What was found" in page and "How it is done" not in page
+    assert not re.search(r"<script|<link|@import|\ssrc=.http", page)

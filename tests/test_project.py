@@ -85,9 +85,6 @@ def test_source_notebooks_carry_no_outputs(path):
 
 # --- how the notebooks read -------------------------------------------------------------------------------------
 
-NOT_YET = {"04_analysis"}  # still have longer cells, or more code cells in a row
-
-
 def is_parameters(cell) -> bool:
     """Whether papermill puts a run's parameters behind this cell."""
     return "parameters" in cell.metadata.get("tags", [])
@@ -105,11 +102,10 @@ def test_notebooks_are_read_as_prose_with_code(path):
     code = [c for c in cells if c.cell_type == "code" and not is_parameters(c)]
     words = sum(len(c.source.split()) for c in cells if c.cell_type == "markdown")
     assert words >= 2 * sum(len(lines(c)) for c in code), "fewer than two words of prose for a line of code"
-    if path.stem not in NOT_YET:
-        for cell in code:
-            assert len(lines(cell)) <= 25, f"cell {cell.id} has {len(lines(cell))} lines: split it"
-        kinds = "".join("c" if c.cell_type == "code" else "." for c in cells)
-        assert "ccccc" not in kinds, f"five cells of code in a row after cell {kinds.index('ccccc')}"
+    for cell in code:
+        assert len(lines(cell)) <= 25, f"cell {cell.id} has {len(lines(cell))} lines: split it"
+    kinds = "".join("c" if c.cell_type == "code" else "." for c in cells)
+    assert "ccccc" not in kinds, f"five cells of code in a row after cell {kinds.index('ccccc')}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
