@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import papermill
 import pytest
+import yaml
 from nbclient import NotebookClient
 
 from lib import plots, study
@@ -177,6 +178,20 @@ def test_analysis_of_the_tiny_study_with_two_runs_missing(tmp_path):
         "theory-beside-measurement"}
     assert "Predicted crossing: none for J = 0.4" not in text and "q* = 0.87 for J = 0.4" in text  # flip .3, mask .6
     assert "Nowhere do theory and measurement differ" in text
+
+
+def test_predictions_for_the_language_model_are_judged(tmp_path):
+    """On made-up runs in which J alone decides, so what theory and the tiny policy say of levels must not hold."""
+    arms = yaml.safe_load((NOTEBOOK.parents[1] / "params/studies/language-model.yaml").read_text())["arms"]
+    folder = write_study(tmp_path / "lm", arms, seeds=range(5), questions=80, steps=4)
+    analyse(folder)
+    out = tmp_path / "predictions.ipynb"
+    papermill.execute_notebook(NOTEBOOK.parent / "appendix/language_model.ipynb", out, {"study": str(folder)},
+                               progress_bar=False, cwd=NOTEBOOK.parents[1])
+    judged = pd.read_csv(folder / "predictions.csv").set_index("claim")
+    assert list(judged.index) == [1, 1, 2, 3, 4, 5, 6, 7, 7, 8, 9]
+    assert judged.loc[2, "verdict"] == "holds" and (judged.loc[[4, 5], "verdict"] != "holds").all()
+    assert (folder / "figures/sizes.png").exists() and "80 of 80 runs" in out.read_text()
 
 
 def test_analysis_of_a_grid_without_noise(tmp_path):
