@@ -151,7 +151,7 @@ class Notebook:
     def run_all(self):
         """Run → Run All Cells, watched until every cell has run or one failed; then saved. Returns the cells."""
         before = self.prompts()
-        for _ in range(2):  # seen twice in 21: the notebook does not begin. Why is not known; a person would click again
+        for _ in range(2):  # seen twice in 21: nothing begins, why is not known; a person would click again
             self.menu("Run", "Run All Cells")
             end = time.time() + 20
             while self.prompts() == before and time.time() < end:
