@@ -150,8 +150,15 @@ class Notebook:
 
     def run_all(self):
         """Run → Run All Cells, watched until every cell has run or one failed; then saved. Returns the cells."""
-        self.menu("Run", "Run All Cells")
-        self.state("busy").wait_for()
+        before = self.prompts()
+        for _ in range(2):  # seen twice in 21: nothing begins, why is not known; a person would click again
+            self.menu("Run", "Run All Cells")
+            end = time.time() + 20
+            while self.prompts() == before and time.time() < end:
+                time.sleep(0.2)
+            if self.prompts() != before:
+                break
+        assert self.prompts() != before, f"{self.file.name} does not begin: {self.panel.inner_text()[:300]}"
 
         def finished():
             text = " ".join(self.panel.locator(".jp-OutputArea-output").all_text_contents())
@@ -165,6 +172,10 @@ class Notebook:
         self.page.keyboard.press("Control+s")
         wait_for(lambda: self.file.stat().st_mtime_ns != saved, 60, f"{self.file.name} to be saved")
         return [c for c in nbformat.read(self.file, as_version=4).cells if c.cell_type == "code"]
+
+    def prompts(self):
+        """What stands before each cell of code: [ ], [*], or how many were executed before it."""
+        return self.panel.locator(".jp-InputPrompt").all_text_contents()
 
     def look(self):
         """Scroll from top to bottom and keep a picture of every screenful, for people."""
@@ -240,4 +251,6 @@ def test_evaluation_shows_its_progress(open_notebook, work):
 def test_analysis_shows_its_figures(open_notebook):
     notebook = open_notebook("04_analysis")
     notebook.set(study="short")
-    check(notebook, notebook.run_all(), figures=3)
+    cells = notebook.run_all()
+    check(notebook, cells, figures=3)
+    assert "Mixed code" not in str([c.outputs for c in cells])  # both runs came from one kernel
