@@ -65,14 +65,14 @@ def write_study(folder: Path, arms: list[dict] = TINY, seeds=(0, 1, 2), base_see
     """Write runs.csv, summary.csv, eval.parquet, metrics.parquet and signals.parquet to `folder`; returns it.
 
     arms: parameters that differ from a clean run, and perhaps `name` and `reference` (see NAMED). unfinished:
-    position of a run -> its status instead of done. rewards_log: also write runs/<run_id>/rewards.parquet, the log
-    from which realised rates are counted.
+    position of a run -> its status instead of done. rewards_log: also write replay.csv, whose counts give the realised
+    rates.
     """
     rng = np.random.default_rng(0)
     difficulty, ids = rng.normal(0, 1.3, questions), np.array([f"add/test:{i + 1}" for i in range(questions)])
     level = np.where(difficulty > 0.7, "Level 1", np.where(difficulty > -0.7, "Level 2", "Level 3"))
     asked = pd.DataFrame({"sample_id": ids, "level": level, "type": "arithmetic"})
-    runs, summary, evals, metrics, signals = [], [], [], [], []
+    runs, summary, evals, metrics, signals, proofs = [], [], [], [], [], []
 
     def evaluate(run_id, skill):
         table = graded(asked, skill + difficulty + rng.normal(0, 0.4, questions), k, rng)
@@ -115,11 +115,16 @@ def write_study(folder: Path, arms: list[dict] = TINY, seeds=(0, 1, 2), base_see
         if params["reward"] == "accuracy":
             signals.append(signal_table(log, levels, params["num_generations"], noise).assign(run_id=run_id))
         if rewards_log:
-            (folder / "runs" / run_id).mkdir(parents=True)
-            log.to_parquet(folder / "runs" / run_id / "rewards.parquet")
+            shown = log[log["observed_reward"].notna()].groupby(["verdict", "observed_reward"]).size()
+            names = {"false_positives": (0, 1), "true_negatives": (0, 0), "false_negatives": (1, 0),
+                     "true_positives": (1, 1)}
+            proofs.append({"run_id": run_id, "rows": len(log), "not_replayed": 0, "timeouts": 0} |
+                          {name: shown.get(pair, 0) for name, pair in names.items()})
 
     folder.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(runs).to_csv(folder / "runs.csv", index=False)
+    if proofs:
+        pd.DataFrame(proofs).to_csv(folder / "replay.csv", index=False)
     pd.DataFrame(summary).to_csv(folder / "summary.csv", index=False)
     pd.concat([t.assign(run_id=r) for r, t in evals]).to_parquet(folder / "eval.parquet")
     pd.concat(metrics).to_parquet(folder / "metrics.parquet")
