@@ -24,7 +24,7 @@ def pages(*patterns: str) -> list[str]:
 STUDIES = sorted(pages("outputs/*/04_analysis.ipynb"), key=lambda p: (not p.startswith("outputs/tiny/"), p))
 HELPERS = [f"notebooks/helpers/{n}.ipynb" for n in ("theory", "noise", "rewards", "answers", "statistics")]
 HELPERS += [p for p in pages("notebooks/helpers/*.ipynb") if p not in HELPERS]
-DOCS = pages("docs/*.md", "data/README.md")
+DOCS = pages("notebooks/START.md", "docs/*.md", "data/README.md")
 
 # A source notebook has no outputs: the site shows an executed copy in its place, that of the default study if it can.
 SHOWN = {}
@@ -36,7 +36,7 @@ STEPS, APPENDIX = ([shown for source, shown in SHOWN.items() if shown not in STU
                    for side in (False, True))
 OTHERS = [p for p in pages("outputs/*/*.ipynb") if p not in STUDIES + STEPS + APPENDIX]
 SHOWN["notebooks/helpers"] = HELPERS[0]
-TREES = {"Studies": STUDIES, "Why": HELPERS, "Step by step": STEPS, "What it costs": APPENDIX, "Reference": DOCS,
+TREES = {"Studies": STUDIES, "Why": HELPERS, "Step by step": STEPS, "Appendix": APPENDIX, "Reference": DOCS,
          "More executed notebooks": sorted(OTHERS, key=lambda p: p.rsplit("/", 1)[1])}
 include_patterns = ["README.md", *sum(TREES.values(), [])]
 exclude_patterns = [".*", "build", "models", "data/*/**", "outputs/*/runs/**"]

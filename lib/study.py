@@ -70,7 +70,8 @@ def to_html(notebook: Path) -> Path:
     template = "{% extends 'lab/index.html.j2' %}" + "".join(f"{{% block {s} %}}{{% endblock %}}" for s in scripts)
     config = Config({"TagRemovePreprocessor": {"enabled": True, "remove_cell_tags": ["about-code"]}})
     exporter = HTMLExporter(raw_template=template, exclude_input=True, config=config)
-    page.write_text(exporter.from_filename(str(notebook))[0])
+    title = {"metadata": {"name": f"{notebook.parent.name}: analysis"}}
+    page.write_text(exporter.from_filename(str(notebook), resources=title)[0])
     return page
 
 
@@ -105,6 +106,9 @@ def main(argv=None) -> int:
         folder = runs.WORK / grid[0].output_dir
         sweep.announce(study, grid, console)
         failed = {}
+        if args.report and not any(runs.status(p.folder) == "done" for p in grid):
+            raise ValueError(f"no run of {args.study} is finished here, so there is nothing to report: start it with "
+                             f"python -m lib.sweep {args.study} --profile {args.profile}")
         if not args.report:
             prepare(grid, folder, console)
             failed = sweep.run_grid(grid, console=console, **sweep.options(args))

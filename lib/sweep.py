@@ -246,6 +246,7 @@ class Sweep:
         task = ray.remote(num_cpus=needs["CPU"], num_gpus=needs["GPU"], max_retries=0)(execute)
         room(ray, needs, refuse=True)
         marker = self.study_runs / f".sweeps/{uuid.uuid4().hex}"
+        self.console.print(f"{len(self.waiting)} runs to do, {room(ray, needs)} at once; a line for each when it ends")
         if address:
             hashes = runs.digest(sorted(map(str, identities(list(self.cells.values())).items())), 16)
             self.site = {"work": str(runs.WORK), "marker": str(marker.relative_to(runs.WORK)), "inputs": hashes}
@@ -472,10 +473,17 @@ def main(argv=None) -> int:
         announce(study, grid, console)
         if args.dry_run:
             plan(study, grid, console)
+            try:
+                check(grid, args.address, args.gpus_per_run)
+            except (ValueError, OSError) as e:
+                print(f"It could not start here yet: {e}", file=sys.stderr)
             return 0
         return report(run_grid(grid, console=console, **options(args)), grid)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, RuntimeError) as e:
         print(e, file=sys.stderr)
         return 2

@@ -172,7 +172,7 @@ def test_analysis_of_the_tiny_study_with_two_runs_missing(tmp_path):
     summary = pd.read_csv(folder / "summary.csv").query("arm == 'clean'")
     clean = evals[evals["run_id"].isin(summary["run_id"])]["exact"].mean()
     assert results.loc["clean", "estimate"] == pytest.approx(clean, abs=1e-5)
-    assert "50 rates tested" in text and "6 of 50 rates: 0 outside" in text  # of one clean run, one flip and one mask
+    assert "50 rates tested" in text and "Shown are 6 of 50 rates" in text  # of one clean run, one flip and one mask
     assert {p.stem for p in (folder / "figures").iterdir()} == {
         "accuracy-vs-noise", "paired-differences", "training-curves", "by-level", "common-axis-J",
         "theory-beside-measurement"}
@@ -209,7 +209,7 @@ def test_analysis_of_two_noise_levels_and_two_base_policies(tmp_path):
     text, results = analyse(folder, grader="symbolic", decoding="greedy")
     assert "# Study channels, complete" in text and "Each (base policy, seed) pair counts" in text
     assert set(results["seeds"]) == {4} and "flip 0.3 (prompt)" in results.index
-    assert "No rate could be tested exactly" in text  # no reward log: the logged rates stand in
+    assert "The rates were not counted" in text  # no replay.csv
 
 
 def test_analysis_of_one_seed_gives_no_interval(tmp_path):
