@@ -63,6 +63,7 @@ def state(study: runs.Study, grid: list[runs.Params], *notebooks: str) -> str:
 
 def to_html(notebook: Path) -> Path:
     """Render an executed notebook beside itself, without code and what is about code. The page needs no network."""
+    import nbformat
     from nbconvert import HTMLExporter
     from traitlets.config import Config
 
@@ -71,7 +72,7 @@ def to_html(notebook: Path) -> Path:
     config = Config({"TagRemovePreprocessor": {"enabled": True, "remove_cell_tags": ["about-code"]}})
     exporter = HTMLExporter(raw_template=template, exclude_input=True, config=config)
     title = {"metadata": {"name": f"{notebook.parent.name}: analysis"}}
-    page.write_text(exporter.from_filename(str(notebook), resources=title)[0])
+    page.write_text(exporter.from_notebook_node(nbformat.read(notebook, 4), title)[0])
     return page
 
 

@@ -58,8 +58,8 @@ def look(driver: psutil.Process, work: Path, began: float) -> dict[str, float]:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Names in a temporary folder but for Ray's own session folder, which stays for its logs."""
-    return sorted(p.name for p in folder.iterdir() if p.name != "ray")
+    """Names in a temporary folder but for Ray's session folder, which stays for its logs, and torch's one cache."""
+    return sorted(p.name for p in folder.iterdir() if p.name != "ray" and not p.name.startswith("torchinductor_"))
 
 
 def main() -> int:
@@ -92,7 +92,8 @@ def main() -> int:
     print(every.round(0).astype(int).to_string(index=False))
     first = table[table["done"] >= 2].head(1)["driver MB"].mean()
     grown = every["driver MB"].iloc[-1] - first
-    statuses = pd.Series([runs.status(f) for f in (work / "outputs/soak/runs").iterdir()]).value_counts().to_dict()
+    folders = [f for f in (work / "outputs/soak/runs").iterdir() if not f.name.startswith(".")]
+    statuses = pd.Series([runs.status(f) for f in folders]).value_counts().to_dict()
     left = {"processes": [f"{p.pid} {' '.join(p.cmdline())[:80]}" for p in processes(work)],
             "temporary files": leftovers(work / "tmp")}
     session = sum(f.lstat().st_size for f in (work / "tmp/ray").rglob("*") if f.is_file()) / 2**20
