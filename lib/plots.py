@@ -252,6 +252,7 @@ def training_curves(metrics: pd.DataFrame, arms: list[str] | None = None, window
     for ax in list(axes.flat)[len(arms):]:
         ax.set_visible(False)
     fig.supxlabel("training step", fontsize=11)
+    fig.supylabel("mean reward, smoothed" if window > 1 else "mean reward", fontsize=11)
     fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=10)
     return fig
 
@@ -296,13 +297,22 @@ def by_level(table: pd.DataFrame) -> Figure:
 def paired_differences(table: pd.DataFrame, alpha: float = 0.05) -> Figure:
     """Forest plot of the differences from a reference. Filled: significant after Holm. Grey: too small to be found.
 
+    Where references differ, each has a heading above its arms.
+
     `table`: arm, channel, reference ("clean" without it), difference, difference_low, difference_high, p_holm,
     mde (half-width of the band).
     """
     _need(table, "arm", "channel", "difference", "difference_low", "difference_high", "p_holm", "mde")
-    fig, ((ax,),) = plt.subplots(figsize=(8, max(2.8, 1.5 + 0.36 * len(table))), squeeze=False)
+    against = table["reference"] if "reference" in table else pd.Series("clean", table.index)
+    against = against.str.split(" | ", regex=False).str[0]  # the setting is in the arm's own name
+    rows = []  # an arm, or the name of a reference
+    for reference, block in table.groupby(against, sort=False):
+        rows += [*([reference] if against.nunique() > 1 else []), *block.itertuples()]
+    fig, ((ax,),) = plt.subplots(figsize=(8, max(2.8, 1.5 + 0.36 * len(rows))), squeeze=False)
     styles, _ = looks_by_level(table["channel"].unique())
-    for y, row in enumerate(table.itertuples()):
+    for y, row in enumerate(rows):
+        if isinstance(row, str):
+            continue
         colour, marker = styles[row.channel]
         if np.isfinite(row.mde):
             ax.barh(y, 2 * row.mde, left=-row.mde, height=0.8, color="0.85", zorder=0)
@@ -310,12 +320,12 @@ def paired_differences(table: pd.DataFrame, alpha: float = 0.05) -> Figure:
         ax.errorbar(row.difference, y, xerr=bars, color=colour, marker=marker, capsize=3, markersize=7,
                     markerfacecolor=colour if row.p_holm < alpha else "white")
     ax.axvline(0, color=CLEAN, linewidth=1)
-    against = table["reference"] if "reference" in table else pd.Series("clean", table.index)
-    against = against.str.split(" | ", regex=False).str[0]  # the setting is in the arm's own name
     one = against.nunique() == 1
-    ax.set_yticks(range(len(table)), [arm if one else f"{arm}\nfrom: {ref}" for arm, ref in
-                                      zip(table["arm"], against, strict=True)], fontsize=11 if one else 8)
-    ax.invert_yaxis()
+    ax.set_yticks(range(len(rows)), [f"against {r}:" if isinstance(r, str) else r.arm for r in rows],
+                  fontsize=11 if one else 9)
+    for label, row in zip(ax.get_yticklabels(), rows, strict=True):
+        label.set_fontweight("bold" if isinstance(row, str) else "normal")
+    ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.grid(axis="y", visible=False)
     ax.xaxis.set_major_formatter(lambda v, _: f"{100 * v:+.0f}" if abs(v) > 1e-9 else "0")
     ax.set_xlabel(f"difference from {against.iloc[0] if one else 'the reference'}, percentage points")

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import runpy
 import subprocess
 import tomllib
 
@@ -171,6 +172,12 @@ def test_the_readme_names_what_exists():
             assert (ROOT / name).exists(), name
     for target in re.findall(r"^\s*make (\w+)", text, re.M):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
+
+
+def test_pages_that_the_readme_links_are_on_the_site():
+    conf = runpy.run_path(str(ROOT / "docs/conf.py"))
+    links = re.findall(r"\]\((?!http)([^)#]+\.(?:md|ipynb))", (ROOT / "README.md").read_text())
+    assert links and set(links) - set(conf["include_patterns"]) - set(conf["SHOWN"]) == set()
 
 
 def test_lib_modules_import_only_to_their_left():
