@@ -41,7 +41,8 @@ on_node() {  # one step of the job on one node, in the background
   shift
   # Tried again where the head is not up yet, or where a busy node exceeds the half minute that Ray gives itself.
   srun --nodes=1 --ntasks=1 --overlap --nodelist="$node" --cpus-per-task="$cpus" \
-    bash -c 'for try in 1 2 3 4 5; do "$@" && exit; sleep 3; done; exit 1' _ "$BIN/ray" start --block --num-cpus "$cpus" --num-gpus "$gpus" "$@" > "slurm-$SLURM_JOB_ID-$node.log" 2>&1 &
+    bash -c 'trap "kill \$ray; wait \$ray; exit 143" TERM
+      for try in 1 2 3 4 5; do "$@" & ray=$!; wait "$ray" && exit; sleep 3; done; exit 1' _ "$BIN/ray" start --block --num-cpus "$cpus" --num-gpus "$gpus" "$@" > "slurm-$SLURM_JOB_ID-$node.log" 2>&1 &
   steps+=($!)
 }
 

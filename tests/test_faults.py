@@ -256,9 +256,14 @@ def apart(workspace, tmp_path):
 
 
 @pytest.mark.slow
-def test_kill_9_of_the_ray_worker_and_then_of_the_sweep(apart, whole):
-    """Both in one study: the sweep starts the run again after the first, the same command after the second."""
-    (apart / "kills.yaml").write_text(STUDY)
+def test_kill_9_of_the_ray_worker_and_then_of_the_sweep(apart):
+    """Both in one study: the sweep starts the run again after the first, the same command after the second.
+
+    A kernel looks once a second whether its parent lives, so the run is longer than the others here.
+    """
+    papermill(apart, "02_train", apart / "whole.ipynb", output_dir="reference", **SETTINGS | {"max_steps": 40})
+    whole = next((apart / "reference/runs").iterdir())
+    (apart / "kills.yaml").write_text(STUDY.replace("max_steps: 10", "max_steps: 40"))
     folder = apart / "outputs/kills/runs" / whole.name
     driver = sweep(apart, "kills")
     wait_for((folder / "rewards/step-000003.parquet").exists, driver)
@@ -270,7 +275,9 @@ def test_kill_9_of_the_ray_worker_and_then_of_the_sweep(apart, whole):
     started = psutil.Process(driver.pid).children(recursive=True)
     driver.kill()
     driver.communicate()
-    assert not psutil.wait_procs(started, timeout=60)[1]  # neither Ray nor a kernel outlives the sweep
+    left = psutil.wait_procs(started, timeout=30)[1]  # no kernel and no worker outlives the sweep
+    assert all(p.name().startswith("ray::") and p.name().endswith("Agent") for p in left), left
+    assert not psutil.wait_procs(left, timeout=240)[1]  # Ray's agents first try to reach a head node that is gone
     assert runs.status(folder) == "interrupted"
     again = sweep(apart, "kills")
     out, err = again.communicate()
@@ -278,7 +285,7 @@ def test_kill_9_of_the_ray_worker_and_then_of_the_sweep(apart, whole):
     assert f"{whole.name}  done" in out
     same(folder, whole)
     first, second = record(folder)["resumed_from"]
-    assert first in (2, 4) and second in (6, 8)
+    assert 2 <= first < second < 40
 
 
 # --- disk and clock ---------------------------------------------------------------------------------------------
