@@ -23,7 +23,6 @@ from test_sweep import inputs as four_steps  # noqa: F401
 
 from lib import ROOT, provenance, rewards, runs
 
-
 STEPS = 24
 
 
