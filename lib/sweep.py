@@ -150,7 +150,7 @@ def run_grid(grid: list[runs.Params], address: str | None = None, cpus_per_run: 
             console.print(f"All {len(grid)} runs are done: nothing to do.")
             return {}
         sweep = Sweep(cells, board, study_runs, file, console, max_retries)
-        with stop_signals() as stop, connected(address) as ray:
+        with connected(address) as ray, stop_signals() as stop:  # Ray takes SIGTERM for itself when it starts
             sweep.work(ray, stop, address, {"CPU": cpus_per_run, "GPU": gpus_per_run})
         return sweep.failed
 
@@ -220,14 +220,12 @@ def stop_signals():
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    import ray  # noqa: F401  (it sets a handler of its own)
-
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: Ray's, which Python cannot set again
 
 
 class Sweep:

@@ -91,6 +91,15 @@ def test_two_sweeps_at_once_do_every_run_once_and_both_see_the_end(undisturbed):
     assert not processes(work)
 
 
+def test_sigterm_as_slurm_sends_it_stops_like_ctrl_c(work):
+    process = command(work, work / "two.yaml")
+    until(lambda: begun(work), process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "goes on from the last checkpoints" in out and not err, out + err
+    assert not processes(work)
+
+
 def test_a_second_signal_ends_at_once_and_leaves_no_process(work):
     process = command(work, work / "two.yaml")
     until(lambda: processes(work) and list((work / "outputs/two/runs").glob("*/.lock")), process)
