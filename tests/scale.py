@@ -59,8 +59,9 @@ def write_workspace(runs: int, seeds: int, questions: int, k: int, steps: int):
     base.mkdir(parents=True)
     keep(base, -0.8, 0)
     for i, p in enumerate(grid):
-        p.folder.mkdir(parents=True)
-        (p.folder / "DONE").write_text(f"{i:064x}\n")
+        (p.folder / "adapter").mkdir(parents=True)
+        (p.folder / "adapter/adapter_model.safetensors").write_text(str(i))
+        (p.folder / "DONE").write_text(contract.adapter_hash(p.folder) + "\n")
         (p.folder / "params.json").write_text(json.dumps(p.model_dump()))
         (p.folder / "provenance.json").write_text(json.dumps({"policy_hash": identity, "steps": steps}))
         keep(p.folder, -0.8 + 3.2 * max(p.channel.J, 0) ** 0.5, i, (p.folder / "DONE").read_text())
@@ -72,6 +73,8 @@ def write_workspace(runs: int, seeds: int, questions: int, k: int, steps: int):
         means = log.groupby("step", as_index=False)[["true_reward", "observed_reward"]].mean()
         means.columns = ["step", "clean_mean", "observed_mean"]
         means.to_parquet(p.folder / "metrics.parquet")
+        contract.seal(p.folder, "params.json", "provenance.json", "rewards.parquet", "metrics.parquet",
+                      "adapter/adapter_model.safetensors")
 
 
 def watch(found: list, stop: threading.Event):
