@@ -76,7 +76,8 @@ def test_forest_plot_fills_only_what_is_significant():
 def test_forest_plot_of_several_references_names_them():
     rows = table().iloc[1:].assign(reference=["clean", "flip 0.2", "clean"])
     ax = plots.paired_differences(rows).axes[0]
-    assert [t.get_text() for t in ax.get_yticklabels()][1] == "flip 0.4\nfrom: flip 0.2"
+    labels = [t.get_text() for t in ax.get_yticklabels()]
+    assert labels == ["against clean:", "flip 0.2", "mask 0.4", "against flip 0.2:", "flip 0.4"]
     assert ax.get_xlabel() == "difference from the reference, percentage points"
     ax = plots.paired_differences(rows.assign(reference="no noise")).axes[0]
     assert ax.get_xlabel() == "difference from no noise, percentage points"
