@@ -12,7 +12,7 @@ LOCK := requirements/$(if $(GPU),gpu,cpu).txt
 READY := $(VENV)/.ready-$(if $(GPU),gpu,cpu)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: study test test-slow test-vllm scale lab lock clean setup scale-sweep soak reproduce test-cluster fuzz audit site browser-test lint
+.PHONY: study pack unpack test test-slow test-vllm scale lab lock clean setup scale-sweep soak reproduce test-cluster fuzz audit site browser-test lint
 .DEFAULT_GOAL := study
 
 study: setup
@@ -30,6 +30,16 @@ test-slow: setup
 N ?= 1000000
 fuzz: setup
 	@$(BIN)/python tests/fuzz.py $(N)
+
+# A study in pieces, on machines that do not last: its evaluated runs without their weights, in one file that git can
+# hold, and back again. What was trained elsewhere then counts as done: make unpack, then the same make study.
+FOLDER ?= outputs/$(STUDY)$(if $(filter-out tiny,$(PROFILE)),-$(PROFILE))
+pack:
+	@cd $(FOLDER) && tar -cJf runs.tar.xz --exclude=checkpoints --exclude='*.safetensors' --exclude='.*' \
+	  $$(dirname runs/*/eval-*.parquet | sort -u) && du -h runs.tar.xz
+
+unpack:
+	@cd $(FOLDER) && tar -xJf runs.tar.xz --skip-old-files && ls -d runs/*/ | wc -l
 
 # Known vulnerabilities of the locked packages. --strict: a package of which the service says nothing is not passed over.
 audit: .venv-audit/bin/pip-audit

@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # planning 10,000 runs needs no table
 
 NOISE = set(signature(channel).parameters)  # the parameters that name a channel
 PROFILES, STUDIES, OUTPUTS = ROOT / "params/profiles", ROOT / "params/studies", WORK / "outputs"
+WEIGHTS = "adapter/adapter_model.safetensors"
 NOT_HASHED = {"output_dir", "report_to", "gradient_checkpointing"}  # these do not change what a run computes
 ADDED_LATER: set[str] = set()  # not hashed at their defaults, so that earlier runs keep their names
 
@@ -414,16 +415,19 @@ def status(folder: Path) -> str:
 def damage(folder: Path) -> str | None:
     """What is wrong with a finished run, or None: it has the files that it finished with, and the name that is its own.
 
-    Runs that finished before there were sums are judged by the hash of the adapter, which DONE holds.
+    Runs that finished before there were sums are judged by the hash of the adapter, which DONE holds. The weights of
+    an evaluated run may be left behind (`make pack`): its tables answer all that is asked of it.
     """
     other = stranger(folder)
     if other:
         return f"params.json is that of {other}"
     wrong = unsealed(folder)
+    if wrong == [WEIGHTS] and adapter_hash(folder) is None and any(folder.glob("eval-*.parquet")):
+        return None
     if wrong == [SUMS] and not (folder / SUMS).exists():
         wrong = [name for name in ("params.json", "provenance.json") if not read_json(f"{folder}/{name}")]
     if not wrong and read(f"{folder}/DONE").decode(errors="replace").strip() != adapter_hash(folder):
-        wrong = ["DONE or adapter/adapter_model.safetensors"]
+        wrong = [f"DONE or {WEIGHTS}"]
     return f"{', '.join(wrong)}: missing, cut off or changed" if wrong else None
 
 
@@ -599,7 +603,7 @@ def steps_in(params: Params, problems: int) -> int:
 
 def adapter_hash(folder: Path) -> str | None:
     """sha256 of a run's final adapter weights, or None if they are not there."""
-    return sha256(f"{folder}/adapter/adapter_model.safetensors")
+    return sha256(f"{folder}/{WEIGHTS}")
 
 
 def prove(folder: Path) -> "tuple[int, pd.DataFrame]":

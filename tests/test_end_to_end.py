@@ -117,18 +117,39 @@ def test_a_study_takes_over_the_runs_of_another(study):
         assert runs.prove(run)[1].empty
 
 
+def test_a_study_is_packed_without_weights_and_goes_on_elsewhere(study, tmp_path):
+    work = study[0].parents[1]
+    (tmp_path / "outputs").mkdir()
+    for there, target in ((work, "pack"), (tmp_path, "unpack")):
+        if target == "unpack":
+            shutil.copytree(study[0], tmp_path / "outputs/two", ignore=shutil.ignore_patterns("runs", "figures"))
+        done = subprocess.run(["make", target, f"FOLDER={there}/outputs/two"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    for run in (study[0] / "runs").glob("*-s0-*"):
+        there = tmp_path / "outputs/two/runs" / run.name
+        assert runs.status(there) == "done" and not (there / runs.WEIGHTS).exists() and runs.prove(there)[1].empty
+    (study[0] / "runs.tar.xz").unlink()
+
+
 def test_a_failing_run_is_reported_and_does_not_stop_the_others(workspace):
-    (workspace / "fail.yaml").write_text(STUDY.replace("{}", "max_prompt_length: 1").replace("0.25", "0.5"))
+    (workspace / "fail.yaml").write_text(STUDY.replace("{}", "max_prompt_length: 1").replace(
+        "label_flip_rate: 0.25", "mask_rate: 1.0"))
     done = command(workspace, "lib.sweep", workspace / "fail.yaml")
     assert done.returncode == 1
     failed = next((workspace / "outputs/fail/runs").glob("clean-*"))
     assert f"FAILED {failed.name}" in done.stderr and "max_prompt_length=1" in done.stderr
     assert runs.status(failed) == "failed"
-    assert runs.status(next((workspace / "outputs/fail/runs").glob("flip-*"))) == "done"
+    unrewarded = next((workspace / "outputs/fail/runs").glob("mask-1*"))  # which is a result, not a failure
+    assert runs.status(unrewarded) == "done" and "nothing to learn from" in (unrewarded / "notebook.ipynb").read_text()
     cells = nbformat.read(failed / "notebook.ipynb", as_version=4).cells
     assert any(o.output_type == "error" for c in cells for o in c.get("outputs", []))
     plan = command(workspace, "lib.sweep", workspace / "fail.yaml", "--dry-run").stdout
     assert "failed" in plan and "done" in plan
+    (workspace / "fail.yaml").write_text(STUDY.replace("  - {}\n", "").replace(
+        "label_flip_rate: 0.25", "mask_rate: 1.0"))
+    papermill(workspace, "03_eval", workspace / "03.ipynb", study=workspace / "fail.yaml")
+    base, trained = pd.read_csv(workspace / "outputs/fail/summary.csv").sampled_exact
+    assert base == trained
 
 
 @pytest.mark.parametrize("given, words", [

@@ -160,6 +160,20 @@ def test_runs_that_finished_before_there_were_sums_stay_done(copy):
     assert runs.status(copy) == "damaged"
 
 
+def test_the_weights_of_an_evaluated_run_may_be_left_behind(copy):
+    weights = copy / runs.WEIGHTS
+    whole = weights.read_bytes()
+    (copy / "eval-00000000.parquet").touch()
+    truncate(weights)
+    assert runs.status(copy) == "damaged"
+    weights.unlink()
+    assert runs.status(copy) == "done"
+    (copy / "eval-00000000.parquet").unlink()
+    assert runs.status(copy) == "damaged" and runs.WEIGHTS in runs.damage(copy)
+    weights.write_bytes(whole)
+    assert runs.status(copy) == "done"
+
+
 def test_mending_a_run_leaves_another_study_s_link_to_it_alone(copy, whole, tmp_path, begin):
     linked = shutil.copytree(copy, tmp_path / "other" / copy.name, copy_function=os.link)
     (copy / "DONE").unlink()
