@@ -198,10 +198,6 @@ def _contradict(gold: str, answer: str) -> bool:
                 or small and normalize(gold) == normalize(answer))
 
 
-def _is_number(normal_form: str) -> bool:
-    return len(normal_form) > 0 and _NUMBER.fullmatch(normal_form) is not None
-
-
 # --- what math-verify may be shown ----------------------------------------------------------------
 
 # math-verify skips what it cannot read, takes the last of several sides and reads X as x. Of its own it accepts
@@ -352,9 +348,7 @@ class Verifier:
     (a training script would start twice) and the pool breaks for good when an idle worker is killed.
     """
 
-    def __init__(
-        self, workers: int = 1, seconds: float = 5.0, memory_mb: int = 2048, cache_size: int = 20_000
-    ):
+    def __init__(self, workers: int = 1, seconds: float = 5.0, memory_mb: int = 2048, cache_size: int = 20_000):
         for name, value in [("workers", workers), ("seconds", seconds), ("memory_mb", memory_mb)]:
             if value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
@@ -400,7 +394,8 @@ class Verifier:
             return Grade(False, "unparsed", False, answer)
         ours, theirs = normalize(gold), normalize(answer)
         exact = exact_match(gold, answer)
-        differ = _is_number(ours) and _is_number(theirs) and "%" not in gold + answer  # 50\% can equal 0.5
+        numbers = all(form and _NUMBER.fullmatch(form) for form in (ours, theirs))
+        differ = numbers and "%" not in gold + answer  # 50\% can equal 0.5
         settled = shortcut and (exact or differ)
         if settled or max(len(gold), len(answer)) > MAX_ANSWER or not (exact or _comparable(gold, answer)):
             return Grade(exact, "exact", exact, answer)

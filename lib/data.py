@@ -17,7 +17,7 @@ import os
 import random
 import re
 import tempfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -455,13 +455,3 @@ def load_split(data_dir: str | Path, split: str):
 
     with (folder / SPLIT_FILES[split]).open(encoding="utf-8") as lines:
         return Dataset.from_list([json.loads(line) for line in lines])
-
-
-def count_table(rows: Iterable[dict]):
-    """pandas table of counts: one row a type, one column a level, totals at the margins."""
-    import pandas as pd
-
-    counts = Counter((row["type"], row["level"]) for row in rows)
-    table = pd.Series(counts).unstack(fill_value=0).sort_index(axis=0).sort_index(axis=1)
-    table.loc["all"] = table.sum()
-    return table.assign(all=table.sum(axis=1))

@@ -44,25 +44,21 @@ def looks(channels) -> dict[str, tuple]:
     return {c: CHANNELS[c] if c in CHANNELS else next(spare) for c in channels}
 
 
-def kind(channel: str) -> str:
-    """A channel's name without its level: "flip" for "flip (prompt)"."""
-    return re.sub(r" \((group|prompt)\)$", "", channel)
-
-
-def level_of(channel: str) -> str:
-    """The level in a channel's name: "prompt" for "flip (prompt)", "rollout" for "flip"."""
-    found = re.search(r" \((group|prompt)\)$", channel)
-    return found[1] if found else "rollout"
+def kind_and_level(channel: str) -> tuple[str, str]:
+    """A channel's name without its level, and the level: ("flip", "prompt"), or ("flip", "rollout") for "flip"."""
+    found = re.fullmatch(r"(.*) \((group|prompt)\)", channel)
+    return (found[1], found[2]) if found else (channel, "rollout")
 
 
 def looks_by_level(channels) -> tuple[dict[str, tuple], list[Line2D]]:
     """(colour, marker) of each channel, and legend handles: colours for kinds, markers for levels if there are two."""
-    kinds, levels = (list(dict.fromkeys(map(f, channels))) for f in (kind, level_of))
+    named = {c: kind_and_level(c) for c in channels}
+    kinds, levels = (list(dict.fromkeys(names)) for names in zip(*named.values(), strict=True))
     colours = {k: colour for k, (colour, _) in looks(kinds).items()}
     if len(levels) < 2:
-        styles = {c: (colours[kind(c)], marker) for c, (_, marker) in looks(channels).items()}
+        styles = {c: (colours[named[c][0]], marker) for c, (_, marker) in looks(channels).items()}
         return styles, [Line2D([], [], color=c, marker=m, label=n) for n, (c, m) in styles.items()]
-    styles = {c: (colours[kind(c)], LEVEL_MARKERS[level_of(c)]) for c in channels}
+    styles = {c: (colours[kind], LEVEL_MARKERS[level]) for c, (kind, level) in named.items()}
     handles = [Line2D([], [], color=colour, linewidth=3, label=k) for k, colour in colours.items()]
     return styles, handles + [Line2D([], [], color="0.3", marker=LEVEL_MARKERS[v], linestyle="none", label=f"{v} level")
                               for v in levels]
@@ -78,11 +74,6 @@ def _points(ax, x, rows: pd.DataFrame, colour, marker="o", label=None, line=Fals
     bars = np.abs(rows[["low", "high"]].to_numpy(float).T - rows["estimate"].to_numpy(float))
     ax.errorbar(x, rows["estimate"], bars, color=colour, marker=marker, label=label, capsize=3,
                 elinewidth=1.5, markersize=6, linestyle="-" if line else "none", linewidth=1.2)
-
-
-def _legend(fig, ax):
-    handles, labels = ax.get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), fontsize=10)
 
 
 def _accuracy_axis(ax, base):
@@ -104,15 +95,15 @@ def noise_curve(table: pd.DataFrame, base: float | None = None) -> Figure:
     for i, (channel, (colour, marker)) in enumerate(styles.items()):
         rows = noisy[noisy["channel"] == channel].sort_values("rate")
         shift = 0.004 * (i - (len(styles) - 1) / 2)  # bars at one rate stay apart
-        start = clean[["rate", "estimate"]]
-        line = pd.concat([start, rows[["rate", "estimate"]].assign(rate=rows["rate"] + shift)])
-        ax.plot(line["rate"], line["estimate"], color=colour, linewidth=1.2)
+        if rows["rate"].any():  # a control has no rate, and is no end of a line
+            ax.plot([*clean["rate"], *rows["rate"] + shift], [*clean["estimate"], *rows["estimate"]], color=colour,
+                    linewidth=1.2)
         _points(ax, rows["rate"] + shift, rows, colour, marker, channel)
     if len(clean):
         _points(ax, clean["rate"], clean, CLEAN, "o", "clean")
     _accuracy_axis(ax, base)
     ax.set(xlabel="noise rate", ylabel="accuracy")
-    _legend(fig, ax)
+    fig.legend(loc="outside upper center", ncols=4, fontsize=10)
     return fig
 
 

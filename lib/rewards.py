@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lib import noise
-from lib.answers import Verifier, last_boxed, normalize
+from lib.answers import Verifier, normalize
 from lib.files import write_atomically
 
 if TYPE_CHECKING:
@@ -34,18 +34,6 @@ LOG_SCHEMA = pa.schema([
 def text_of(completion) -> str:
     """The text of a completion, whether TRL passes a string or a list of chat messages."""
     return completion if isinstance(completion, str) else completion[-1]["content"]
-
-
-def accuracy_reward(verifier: Verifier):
-    """A reward function: 1.0 where the last box of the completion holds the column `answer`, else 0.0."""
-    def accuracy(completions, answer, **_):
-        return [float(g.correct) for g in verifier.grade(list(answer), [text_of(c) for c in completions])]
-    return accuracy
-
-
-def format_reward(completions, **_):
-    """1.0 where the last box is closed and not blank, else 0.0: the answer in it is not looked at."""
-    return [float(bool((last_boxed(text_of(c)) or "").strip())) for c in completions]
 
 
 def majority_reward(answers: list[str | None], groups) -> np.ndarray:

@@ -31,7 +31,6 @@ if TYPE_CHECKING:  # planning 10,000 runs needs no table
 
 NOISE = set(signature(channel).parameters)  # the parameters that name a channel
 PROFILES, STUDIES, OUTPUTS = ROOT / "params/profiles", ROOT / "params/studies", WORK / "outputs"
-WEIGHTS = "adapter/adapter_model.safetensors"
 NOT_HASHED = {"output_dir", "report_to", "gradient_checkpointing"}  # these do not change what a run computes
 ADDED_LATER: set[str] = set()  # not hashed at their defaults, so that earlier runs keep their names
 
@@ -396,6 +395,7 @@ def _name(p: dict[str, Any]) -> str:
 
 # --- the folder of a run ----------------------------------------------------------------------------------------
 
+WEIGHTS = "adapter/adapter_model.safetensors"
 _HELD: dict[Path, Any] = {}  # lock files that this process has open
 
 

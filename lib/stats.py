@@ -13,9 +13,9 @@ remove those biases, and add the two t intervals in quadrature (Howe 1974, JASA 
 
 and never less than seeds that do not differ at all would give: two or three seeds can agree by luck. It is
 exact where one part rules and slightly wide between. Measured coverage of the nominal 95 %, with 3 to 8 seeds:
-94 to 98 % (naive percentile: 78 to 100 %); `tests/test_stats.py` repeats it. Tried and left out: one t quantile
-with Satterthwaite degrees of freedom (down to 92 % where both parts matter), and a studentised bootstrap (with
-3 seeds one resample in nine repeats a single seed and has no variance).
+94 to 98 % (`tests/test_stats.py`; helpers/statistics shows the percentile interval beside it). Tried and left
+out: one t quantile with Satterthwaite degrees of freedom (down to 92 % where both parts matter), and a studentised
+bootstrap (with 3 seeds one resample in nine repeats a single seed and has no variance).
 
 With more than one base policy the replicate is the (base_seed, seed) pair. Runs of one base policy are
 alike, so this interval is for new seeds of *these* base policies, not for new base policies.
@@ -80,12 +80,6 @@ class Difference(NamedTuple):
     mde: float
     parts: Parts
     dropped: int
-
-
-class Trend(NamedTuple):
-    """`holds` is True when no later rate lies significantly above an earlier one."""
-    holds: bool
-    rises: pd.DataFrame
 
 
 # ---- from tables to arrays
@@ -282,15 +276,6 @@ def middle_mean(values: np.ndarray, shares: np.ndarray) -> np.ndarray:
     return inside @ values / 0.5
 
 
-def naive_percentile(acc: np.ndarray, n_boot: int = 2000, level: float = 0.95,
-                     seed: int = 0) -> tuple[float, float]:
-    """The plain two-level percentile interval, kept for comparison only: it undercovers with few seeds."""
-    by_seed, by_question = resample_counts(*acc.shape, n_boot, seed)
-    means = ((by_question @ acc.T) * by_seed).sum(axis=1) / acc.size
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
 # ---- intervals, tests, effect sizes
 
 def half_width(parts: Parts, level: float = 0.95) -> float:
@@ -369,8 +354,8 @@ def holm(p: np.ndarray) -> np.ndarray:
     return adjusted
 
 
-def monotone_fall(arms: dict[float, pd.DataFrame], alpha: float = 0.05) -> Trend:
-    """Does accuracy fall with the rate, within its intervals? `arms` maps rate -> `accuracy_matrix`.
+def monotone_fall(arms: dict[float, pd.DataFrame], alpha: float = 0.05) -> tuple[bool, pd.DataFrame]:
+    """(whether no later rate lies significantly above an earlier one, the rises); `arms`: rate -> `accuracy_matrix`.
 
     Every later rate is tested against every earlier one (paired, one-sided for a rise, Holm over all pairs).
     No significant rise is not proof of a fall: with few seeds a small rise stays unseen.
@@ -383,7 +368,7 @@ def monotone_fall(arms: dict[float, pd.DataFrame], alpha: float = 0.05) -> Trend
             rows.append((early, late, d.estimate, d.p / 2 if d.estimate > 0 else 1 - d.p / 2))
     rises = pd.DataFrame(rows, columns=["earlier", "later", "rise", "p"])
     rises["p_holm"] = holm(rises["p"])
-    return Trend(not (rises["p_holm"] < alpha).any(), rises[rises["rise"] > 0].reset_index(drop=True))
+    return not (rises["p_holm"] < alpha).any(), rises[rises["rise"] > 0].reset_index(drop=True)
 
 
 def binomial_interval(successes: int, trials: int, level: float = 0.95) -> tuple[float, float, float]:

@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pandas as pd
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -24,7 +25,6 @@ from lib.data import (
     OPERATIONS,
     ROOT,
     arithmetic_row,
-    count_table,
     data_folder,
     data_hash,
     drop_overlaps,
@@ -44,6 +44,12 @@ from lib.data import (
 
 MATH_DIR = Path(os.environ.get("MATH_DIR", ROOT.parent / "shared/data/math"))
 ROW = {"problem": "1+1=", "level": "Level 1", "type": "Algebra", "solution": r"It is $\boxed{2}$."}
+
+
+def counts(rows):
+    """Rows a type (down) and level (across), with totals."""
+    frame = rows.to_pandas()
+    return pd.crosstab(frame["type"], frame["level"], margins=True, margins_name="all")
 
 
 def rows(n, start=0, **fields):
@@ -397,7 +403,7 @@ def test_default_sizes_balance_and_no_overlap(tmp_path):
     }
     assert manifest["dropped_from_train_split"] == manifest["dropped_from_validation_split"] == []
     assert manifest["duplicates"] == {"train": [], "validation": []}
-    table = count_table(load_split(out, "test"))
+    table = counts(load_split(out, "test"))
     assert table.loc["all", "all"] == 1024 and table.loc["all"].min() >= 150 and table.min().min() >= 50
     splits = [load_split(out, s)["problem"] for s in ("train", "validation", "test")]
     assert len(set().union(*splits)) == sum(map(len, splits)) == 7024
@@ -512,7 +518,7 @@ def test_default_operations_in_every_split(tmp_path):
     assert manifest["duplicates"] == {"train": [], "validation": []}
     splits = {s: load_split(out, s) for s in ("train", "validation", "test")}
     assert len(set().union(*(rows["problem"] for rows in splits.values()))) == 12_048
-    tables = {s: count_table(rows) for s, rows in splits.items()}
+    tables = {s: counts(rows) for s, rows in splits.items()}
     for table in tables.values():
         assert table.shape == (5, 6) and set(table.index) == {*OPERATIONS, "all"} and table.min().min() >= 1
     whole = sum(tables.values())
@@ -715,5 +721,5 @@ def test_counts_of_math(tmp_path):
     assert manifest["dropped_from_train_split"] == manifest["dropped_from_validation_split"] == []
     assert manifest["duplicates"] == {"train": [], "validation": []}
     assert manifest["empty_answers"] == ["number_theory/train:850", "number_theory/train:852"]
-    train = count_table(load_split(out, "train"))
+    train = counts(load_split(out, "train"))
     assert train.loc["all", "Level ?"] == 2 and list(train.columns) == [*LEVELS, "all"]

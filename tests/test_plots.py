@@ -100,7 +100,7 @@ def test_channels_share_a_colour_and_levels_a_marker():
     styles, handles = plots.looks_by_level(channels)
     assert styles["flip"][0] == styles["flip (group)"][0] != styles["mask"][0] == styles["mask (prompt)"][0]
     assert styles["flip (group)"][1] == styles["asymmetric (b=0.45) (group)"][1] != styles["flip"][1]
-    assert plots.kind("asymmetric (b=0.45) (group)") == "asymmetric (b=0.45)"
+    assert plots.kind_and_level("asymmetric (b=0.45) (group)") == ("asymmetric (b=0.45)", "group")
     assert {"clean", "asymmetric (b=0.45)", "group level"} <= {h.get_label() for h in handles}
 
 

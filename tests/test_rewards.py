@@ -52,20 +52,19 @@ def right(groups=4, size=8):
 def test_one_float_a_completion_whatever_form_it_has(tmp_path, as_chat):
     r, _ = run(tmp_path, as_chat=as_chat)
     assert r == right().tolist() and all(type(x) is float for x in r)
-    assert rewards.accuracy_reward(VERIFIER)(**batch(as_chat=as_chat)) == right().tolist()
-    assert rewards.format_reward(**batch(as_chat=as_chat)) == ([1.0] * 7 + [0.0]) * 4
+    assert rewards.read_log(tmp_path).format_ok.tolist() == ([True] * 7 + [False]) * 4
 
 
 def test_the_last_message_is_the_one_that_counts():
     talk = [{"role": "assistant", "content": r"\boxed{1}"}, {"role": "assistant", "content": r"\boxed{2}"}]
-    assert rewards.accuracy_reward(VERIFIER)([talk, talk], ["1", "2"]) == [0.0, 1.0]
+    grades = VERIFIER.grade(["1", "2"], [rewards.text_of(talk)] * 2)
+    assert rewards.verdicts(grades, ["a", "b"]).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("text, formatted", [
     (r"\boxed{}", 0), (r"\boxed{ }", 0), (r"\boxed{4", 0), ("4", 0), (r"\boxed{x}", 1), (r"\boxed 4", 1),
     (r"\boxed{4} \boxed{", 0), (r"\boxed{\frac}", 1)])
 def test_the_format_reward_and_the_log_agree_on_what_a_box_is(tmp_path, text, formatted):
-    assert rewards.format_reward([text]) == [formatted]
     f = rewards.noisy_reward(VERIFIER, channel(), 0, tmp_path / "rewards", "format")
     assert f(**one(text), log_metric=lambda *_: None) == [formatted]
     assert rewards.read_log(tmp_path).format_ok.tolist() == [bool(formatted)]
