@@ -244,7 +244,7 @@ class Sweep:
         task = ray.remote(num_cpus=needs["CPU"], num_gpus=needs["GPU"], max_retries=0)(execute)
         room(ray, needs, refuse=True)
         marker = self.study_runs / f".sweeps/{uuid.uuid4().hex}"
-        self.console.print(f"{len(self.waiting)} runs to do, {room(ray, needs)} at once; a line for each when it ends")
+        self.console.print(f"To do: {len(self.waiting)}, at once: {room(ray, needs)}; a line for each run when it ends")
         if address:
             hashes = runs.digest(sorted(map(str, identities(list(self.cells.values())).items())), 16)
             self.site = {"work": str(runs.WORK), "marker": str(marker.relative_to(runs.WORK)), "inputs": hashes}
@@ -265,7 +265,7 @@ class Sweep:
                 self.stop()
         finally:
             marker.unlink(missing_ok=True)
-        self.console.print(f"{len(self.took)} runs in {time.monotonic() - self.began:.0f} s, up to {slots} at a time")
+        self.console.print(f"Runs: {len(self.took)} in {time.monotonic() - self.began:.0f} s, up to {slots} at a time")
 
     def start(self, task, name: str):
         """Submit a run, unless another process has it."""
@@ -382,7 +382,7 @@ def plan(study: runs.Study, grid: list[runs.Params], console: Console):
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     count = ", ".join(f"{n} {s}" for s, n in Counter(row[-1] for row in rows[1:]).most_common())
-    print("\n".join([*lines, f"{len(grid)} runs: {count}"]), file=console.file)  # rich is slow
+    print("\n".join([*lines, f"runs: {len(grid)}; {count}"]), file=console.file)  # rich is slow
 
 
 def add_options(parser: argparse.ArgumentParser):
@@ -404,7 +404,7 @@ def options(args: argparse.Namespace) -> dict:
 
 def announce(study: runs.Study, grid: list[runs.Params], console: Console):
     """Say what is going to run, where, and with whose hyperparameters."""
-    console.print(f"{study.title}: {len(grid)} runs, profile {grid[0].profile}, in {grid[0].output_dir}")
+    console.print(f"{study.title}. Runs: {len(grid)}, profile: {grid[0].profile}, folder: {grid[0].output_dir}")
     chosen = runs.selected(grid[0].profile) if study.use_selected else {}
     if chosen:
         console.print("chosen by the hyperparameter study: " + ", ".join(f"{k}={v}" for k, v in chosen.items()))
