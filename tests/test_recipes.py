@@ -55,7 +55,7 @@ def test_a_channel(follow):
     assert f"all {len(log)} rows" in proof and 0 < log.changed.mean() < 0.6
     changed = log.groupby(log.completion_tokens > log.completion_tokens.median()).changed.mean()
     assert changed[True] > changed[False]  # longer completions err more often
-    assert "per token 0.05" in plan and "9 runs" in plan
+    assert "per token 0.05" in plan and "runs: 9" in plan
     new = subprocess.run([sys.executable, "-c", "from lib import runs; print(runs.run_id(runs.resolve('tiny')))"],
                          cwd=follow.project, env=os.environ | {"PYTHONPATH": str(follow.project)}, capture_output=True,
                          text=True)
