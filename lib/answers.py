@@ -307,10 +307,8 @@ class _Worker:
         self.connection, theirs = Pipe()
         # -P: this file's folder must not shadow other modules. A session of its own: Ctrl-C is meant for us.
         command = [sys.executable, "-P", __file__, *map(str, (theirs.fileno(), seconds, memory_mb))]
-        self.process = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True,
+                                        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         theirs.close()
         try:  # the time to import math-verify is not counted as grading time
             message = self.connection.recv() if self.connection.poll(300) else "no sign of life in 300 s"

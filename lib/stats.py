@@ -249,8 +249,8 @@ def resampled_shares(acc: np.ndarray, n_boot: int = 2000, seed: int = 0) -> tupl
 def bootstrap_parts(acc: np.ndarray, statistic: Callable, n_boot: int = 2000, seed: int = 0) -> Parts:
     """Parts of a statistic of the values in `acc` (seeds, questions), by two-level bootstrap.
 
-    statistic(values (V,), shares (B, V)) -> (B,), such as `mean_of`. Three runs of resamples (seeds only, questions
-    only, both) separate the parts; n/(n-1) and Q/(Q-1) undo the bias of resampling few items.
+    statistic(values (V,), shares (B, V)) -> (B,), such as `middle_mean`. Three runs of resamples (seeds only,
+    questions only, both) separate the parts; n/(n-1) and Q/(Q-1) undo the bias of resampling few items.
     """
     acc = np.asarray(acc, dtype=float)
     seeds, questions = acc.shape
@@ -262,11 +262,6 @@ def bootstrap_parts(acc: np.ndarray, statistic: Callable, n_boot: int = 2000, se
     f_seed, f_question = seeds / (seeds - 1), questions / (questions - 1)
     return Parts(f_seed * v_seed, max(f_question * (v_question - f_seed * v_rest), 0.0),
                  f_seed * f_question * v_rest, seeds, questions)
-
-
-def mean_of(values: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """The mean of a distribution, a statistic for `bootstrap_parts`."""
-    return shares @ values
 
 
 def middle_mean(values: np.ndarray, shares: np.ndarray) -> np.ndarray:

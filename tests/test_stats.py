@@ -21,7 +21,6 @@ from lib.stats import (
     holm,
     iqm,
     mean_interval,
-    mean_of,
     middle_mean,
     minimum_detectable_effect,
     monotone_fall,
@@ -196,7 +195,7 @@ def test_bootstrap_by_counts_is_the_bootstrap_of_rows(shape, k):
         for shares, s_times, q_times in ((of_seeds, seeds, np.ones(q, int)), (of_questions, np.ones(n, int), questions),
                                          (of_both, seeds, questions)):
             rows = right.repeat(s_times, axis=0).repeat(q_times, axis=1)
-            assert mean_of(values, shares[b:b + 1])[0] == pytest.approx(rows.mean(), abs=1e-12)
+            assert (shares[b] @ values) == pytest.approx(rows.mean(), abs=1e-12)
             drawn = np.sort(rows.mean(axis=2), axis=None)
             middle = drawn.repeat(4)[drawn.size:3 * drawn.size].mean()  # quarters of scores: the middle half is whole
             assert middle_mean(values, shares[b:b + 1])[0] == pytest.approx(middle, abs=1e-12)
@@ -210,14 +209,14 @@ def test_bootstrap_of_a_paired_difference_draws_both_arms_alike(shape, k):
     by_seed, by_question = resample_counts(n, q, 50, seed)
     means = [np.einsum("bs,sq,bq->b", by_seed, a, by_question) / (n * q) for a in (x, y)]
     values, *_, both = resampled_shares(y - x, 50, seed)
-    np.testing.assert_allclose(mean_of(values, both), means[1] - means[0], atol=1e-12)
+    np.testing.assert_allclose(both @ values, means[1] - means[0], atol=1e-12)
 
 
 # ---- the closed form is the bootstrap's limit
 
 def test_closed_form_is_the_limit_of_the_two_level_bootstrap():
     acc = simulate(np.random.default_rng(3), 4, 150, 0.3)
-    exact, resampled = variance_parts(acc), bootstrap_parts(acc, mean_of, n_boot=40_000)
+    exact, resampled = variance_parts(acc), bootstrap_parts(acc, lambda values, shares: shares @ values, n_boot=40_000)
     assert resampled.seed == pytest.approx(exact.seed, rel=0.05)
     assert resampled.question == pytest.approx(exact.question, rel=0.05)
     assert resampled.rest == pytest.approx(exact.rest, rel=0.2)

@@ -112,3 +112,14 @@ def test_an_address_where_nothing_answers_is_refused_at_once(work):
         began, process = time.time(), command(work, work / "two.yaml", "--address", f"127.0.0.1:{s.getsockname()[1]}")
         assert process.wait(60) == 2 and "no Ray cluster answers" in process.stderr.read()
     assert time.time() - began < 40
+
+
+def test_many_runs_are_looked_at_by_all_cores(tmp_path):
+    files = ("DONE", "FAILED", "params.json", "metrics.parquet")  # each alone in its folder
+    names = [f"run-{i:04d}" for i in range(1100)]
+    for i, name in enumerate(names[:1050]):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / files[i % 4]).touch()
+    found = sweep.statuses(names, tmp_path)
+    assert list(found) == names and found == {name: runs.status(tmp_path / name) for name in names}
+    assert set(found.values()) == {"damaged", "failed", "interrupted", "missing"}
