@@ -165,13 +165,14 @@ def run_grid(grid: list[runs.Params], address: str | None = None, cpus_per_run: 
 def take_over(todo: list[str], cells: dict[str, runs.Params], identity: dict, study_runs: Path, file) -> set[str]:
     """Those of the runs that another study has finished and that are now in this one as well.
 
-    Only for policies that were built here, whose hash is known without loading them.
+    Only for policies that were built here, whose hash is known without loading them, and only with their weights.
     """
     names, taken = {name for name in todo if cells[name].model in BUILT_HERE}, set()
     for other in runs.OUTPUTS.glob("*/runs/") if names else ():
         for name in (names - taken).intersection(os.listdir(other)) if other != study_runs else ():
             done, folder = other / name, study_runs / name
-            if runs.status(done) == "done" and not stale(done, identity[inputs_of(cells[name])]) and claim(file, name):
+            whole = runs.status(done) == "done" and runs.adapter_hash(done)  # this study may ask other questions
+            if whole and not stale(done, identity[inputs_of(cells[name])]) and claim(file, name):
                 if runs.status(folder) not in ("running", "done") and not runs.stranger(folder):
                     reuse(folder, done)
                     taken.add(name)

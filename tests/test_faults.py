@@ -16,6 +16,7 @@ import pytest
 from conftest import papermill
 
 from lib import ROOT, provenance, rewards, runs
+from lib.sweep import inputs_of, take_over
 
 SETTINGS = dict(max_steps=10, save_steps=2, eval_interval=0, label_flip_rate=0.3)
 NOT_COMPARED = ("seconds/", "train_runtime", "train_samples_per_second", "train_steps_per_second", "step_time",
@@ -172,6 +173,22 @@ def test_the_weights_of_an_evaluated_run_may_be_left_behind(copy):
     assert runs.status(copy) == "damaged" and runs.WEIGHTS in runs.damage(copy)
     weights.write_bytes(whole)
     assert runs.status(copy) == "done"
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_run_without_weights_is_not_taken_over_by_another_study(copy, tmp_path, monkeypatch, weights):
+    """It could not be asked the questions of that study."""
+    other = shutil.copytree(copy, tmp_path / "outputs/other/runs" / copy.name)
+    (other / "eval-00000000.parquet").touch()
+    if not weights:
+        (other / runs.WEIGHTS).unlink()
+    assert runs.status(other) == "done"
+    monkeypatch.setattr(runs, "OUTPUTS", tmp_path / "outputs")
+    mine, params = tmp_path / "outputs/mine/runs", runs.Params(**json.loads((copy / "params.json").read_text()))
+    mine.mkdir(parents=True)
+    with open(mine / "claims", "a") as file:
+        taken = take_over([copy.name], {copy.name: params}, {inputs_of(params): {}}, mine, file)
+    assert taken == ({copy.name} if weights else set()) and (mine / copy.name).exists() == weights
 
 
 def test_mending_a_run_leaves_another_study_s_link_to_it_alone(copy, whole, tmp_path, begin):
