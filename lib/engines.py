@@ -22,7 +22,7 @@ WORKING_MEMORY = 4 * 2**30  # bytes that vLLM needs beside weights, keys and val
 OUTSIDE_TORCH = 2**30  # bytes of the GPU that a process needs beside torch's: CUDA's context, its kernels, graphs
 PACKAGES = {"vllm": ("vllm",), "unsloth": ("vllm", "unsloth")}
 OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "No available memory for the cache",
-                 "To serve at least one request")  # as torch, CUDA and vLLM say it
+                 "To serve at least one request", "Free memory on device")  # as torch, CUDA and vLLM say it
 ADVICE = ("it needs more than its part of the GPU: let fewer runs share one (a larger --gpus-per-run), halve "
           "per_device_train_batch_size and double gradient_accumulation_steps, or set gradient_checkpointing")
 
@@ -159,6 +159,9 @@ def take_turn(engine: str, patience: float = float("inf")):
 def turn(engine: str):
     """A turn that ends with this run holding all memory that it may use, so that it does not grow in another's."""
     with take_turn(engine):
+        if share() < 1 and engine != "transformers":
+            import torch
+            torch.cuda.empty_cache()  # vLLM counts as free only what no process holds, this one included
         yield
         claim_memory(engine)
 

@@ -76,10 +76,14 @@ def _points(ax, x, rows: pd.DataFrame, colour, marker="o", label=None, line=Fals
                 elinewidth=1.5, markersize=6, linestyle="-" if line else "none", linewidth=1.2)
 
 
-def _accuracy_axis(ax, base):
+def _clean_base_legend(ax, clean: pd.DataFrame, x: str, base: float | None, handles: list):
+    if len(clean):
+        _points(ax, clean[x], clean, CLEAN)
+        handles = [*handles, Line2D([], [], color=CLEAN, marker="o", linestyle="none", label="clean")]
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     if base is not None:
-        ax.axhline(base, color=BASE, linestyle="--", linewidth=1.2, label="base policy, before training")
+        handles = [*handles, ax.axhline(base, color=BASE, linestyle="--", label="base policy, before training")]
+    ax.figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=10)
 
 
 @plt.rc_context(STYLE)
@@ -91,19 +95,16 @@ def noise_curve(table: pd.DataFrame, base: float | None = None) -> Figure:
     _need(table, "channel", "rate", "estimate", "low", "high")
     clean, noisy = table[table["channel"] == "clean"], table[table["channel"] != "clean"]
     fig, ((ax,),) = plt.subplots(figsize=SIZE, squeeze=False)
-    styles = looks(noisy["channel"].unique())
+    styles, handles = looks_by_level(noisy["channel"].unique()) if len(noisy) else ({}, [])
     for i, (channel, (colour, marker)) in enumerate(styles.items()):
         rows = noisy[noisy["channel"] == channel].sort_values("rate")
         shift = 0.004 * (i - (len(styles) - 1) / 2)  # bars at one rate stay apart
         if rows["rate"].any():  # a control has no rate, and is no end of a line
             ax.plot([*clean["rate"], *rows["rate"] + shift], [*clean["estimate"], *rows["estimate"]], color=colour,
                     linewidth=1.2)
-        _points(ax, rows["rate"] + shift, rows, colour, marker, channel)
-    if len(clean):
-        _points(ax, clean["rate"], clean, CLEAN, "o", "clean")
-    _accuracy_axis(ax, base)
+        _points(ax, rows["rate"] + shift, rows, colour, marker)
+    _clean_base_legend(ax, clean, "rate", base, handles)
     ax.set(xlabel="noise rate", ylabel="accuracy")
-    fig.legend(loc="outside upper center", ncols=4, fontsize=10)
     return fig
 
 
@@ -123,17 +124,11 @@ def j_axis(table: pd.DataFrame, base: float | None = None) -> Figure:
     for i, (channel, (colour, marker)) in enumerate(styles.items()):
         rows = noisy[noisy["channel"] == channel].sort_values("J")
         _points(ax, rows["J"] + step * ((len(styles) - 1) / 2 - i), rows, colour, marker, line=True)
-    clean = table[table["channel"] == "clean"]
-    if len(clean):
-        _points(ax, clean["J"], clean, CLEAN, "o")
-        handles.append(Line2D([], [], color=CLEAN, marker="o", linestyle="none", label="clean"))
-    _accuracy_axis(ax, base)
+    _clean_base_legend(ax, table[table["channel"] == "clean"], "J", base, handles)
     if len(values) <= 10:  # points of one J stand side by side around its tick
         ax.set_xticks(values, [f"{v:.2g}" for v in values])
     ax.invert_xaxis()
     ax.set(xlabel="J = 1 − a − b (1: clean, 0: no signal, below 0: reversed)", ylabel="accuracy")
-    handles += [line for line in ax.lines if line.get_linestyle() == "--"]
-    fig.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=10)
     return fig
 
 

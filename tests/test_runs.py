@@ -244,7 +244,7 @@ def test_status_follows_the_files(tmp_path):
 def test_steps_of_a_run():
     qwen = runs.resolve("qwen2.5-math-1.5b")
     assert runs.steps_in(qwen, 6750) == 6750 // 4  # 32 completions a step are 4 prompts
-    assert runs.steps_in(runs.resolve("tiny"), 5400) == 150
+    assert runs.steps_in(runs.resolve("tiny"), 5400) == 100
 
 
 def test_provenance_names_no_path_or_host():
