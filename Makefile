@@ -35,10 +35,13 @@ fuzz: setup
 # hold, and back again. What was trained elsewhere then counts as done: make unpack, then the same make study.
 FOLDER ?= outputs/$(STUDY)$(if $(filter-out tiny,$(PROFILE)),-$(PROFILE))
 pack:
+	@ls $(FOLDER)/runs/*/eval-*.parquet > /dev/null 2>&1 || \
+	  { echo "$(FOLDER) has no evaluated run to pack: first make study STUDY=$(STUDY) PROFILE=$(PROFILE)"; exit 2; }
 	@cd $(FOLDER) && tar -cJf runs.tar.xz --exclude=checkpoints --exclude='*.safetensors' --exclude='.*' \
 	  $$(dirname runs/*/eval-*.parquet | sort -u) && du -h runs.tar.xz
 
 unpack:
+	@test -f $(FOLDER)/runs.tar.xz || { echo "there is no $(FOLDER)/runs.tar.xz to unpack"; exit 2; }
 	@cd $(FOLDER) && tar -xJf runs.tar.xz --skip-old-files && ls -d runs/*/ | wc -l
 
 # Known vulnerabilities of the locked packages. --strict: a package of which the service says nothing is not passed over.
