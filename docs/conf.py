@@ -21,7 +21,8 @@ def pages(*patterns: str) -> list[str]:
     return [p.relative_to(ROOT).as_posix() for pattern in patterns for p in sorted(ROOT.glob(pattern))]
 
 
-STUDIES = sorted(pages("outputs/*/04_analysis.ipynb"), key=lambda p: (not p.startswith("outputs/tiny/"), p))
+STUDIES = sorted(pages("outputs/*/04_analysis.ipynb"), key=lambda p: (
+    not p.startswith("outputs/language-model-smol/"), not p.startswith("outputs/tiny/"), p))
 HELPERS = [f"notebooks/helpers/{n}.ipynb" for n in ("theory", "noise", "rewards", "answers", "statistics")]
 HELPERS += [p for p in pages("notebooks/helpers/*.ipynb") if p not in HELPERS]
 DOCS = pages("notebooks/START.md", "docs/*.md", "data/README.md")
