@@ -88,7 +88,7 @@ def _clean_base_legend(ax, clean: pd.DataFrame, x: str, base: float | None, hand
 
 @plt.rc_context(STYLE)
 def noise_curve(table: pd.DataFrame, base: float | None = None) -> Figure:
-    """Accuracy against the noise rate, a line a channel from the clean point at rate 0, bars = intervals.
+    """Accuracy against the noise rate, bars = intervals; a line a channel of several rates, from clean at rate 0.
 
     `table`: channel ("clean" or a channel's name), rate, estimate, low, high. `base`: the dashed line.
     """
@@ -99,7 +99,7 @@ def noise_curve(table: pd.DataFrame, base: float | None = None) -> Figure:
     for i, (channel, (colour, marker)) in enumerate(styles.items()):
         rows = noisy[noisy["channel"] == channel].sort_values("rate")
         shift = 0.004 * (i - (len(styles) - 1) / 2)  # bars at one rate stay apart
-        if rows["rate"].any():  # a control has no rate, and is no end of a line
+        if rows["rate"].nunique() > 1:  # a line to a lone point would show rates that nobody ran
             ax.plot([*clean["rate"], *rows["rate"] + shift], [*clean["estimate"], *rows["estimate"]], color=colour,
                     linewidth=1.2)
         _points(ax, rows["rate"] + shift, rows, colour, marker)
