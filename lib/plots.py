@@ -96,13 +96,13 @@ def noise_curve(table: pd.DataFrame, base: float | None = None) -> Figure:
     clean, noisy = table[table["channel"] == "clean"], table[table["channel"] != "clean"]
     fig, ((ax,),) = plt.subplots(figsize=SIZE, squeeze=False)
     styles, handles = looks_by_level(noisy["channel"].unique()) if len(noisy) else ({}, [])
-    for i, (channel, (colour, marker)) in enumerate(styles.items()):
+    at = noisy.groupby("rate")["channel"].unique().map(list)  # those of one rate stand side by side
+    for channel, (colour, marker) in styles.items():
         rows = noisy[noisy["channel"] == channel].sort_values("rate")
-        shift = 0.004 * (i - (len(styles) - 1) / 2)  # bars at one rate stay apart
+        x = [r + 0.015 * noisy["rate"].max() * (at[r].index(channel) - (len(at[r]) - 1) / 2) for r in rows["rate"]]
         if rows["rate"].nunique() > 1:  # a line to a lone point would show rates that nobody ran
-            ax.plot([*clean["rate"], *rows["rate"] + shift], [*clean["estimate"], *rows["estimate"]], color=colour,
-                    linewidth=1.2)
-        _points(ax, rows["rate"] + shift, rows, colour, marker)
+            ax.plot([*clean["rate"], *x], [*clean["estimate"], *rows["estimate"]], color=colour, linewidth=1.2)
+        _points(ax, x, rows, colour, marker)
     _clean_base_legend(ax, clean, "rate", base, handles)
     ax.set(xlabel="noise rate", ylabel="accuracy")
     return fig
