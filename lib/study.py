@@ -69,6 +69,9 @@ def to_html(notebook: Path) -> Path:
 
     page, scripts = notebook.with_suffix(".html"), ("html_head_js", "html_head_js_mathjax", "html_head_js_mermaidjs")
     template = "{% extends 'lab/index.html.j2' %}" + "".join(f"{{% block {s} %}}{{% endblock %}}" for s in scripts)
+    template += """{% block data_png scoped %}<div class="jp-RenderedImage jp-OutputArea-output"><img width="800"
+        alt="{{ output | get_metadata('alt', 'image/png') | e }}"
+        src="data:image/png;base64,{{ output.data['image/png'] }}"></div>{% endblock %}"""  # lab's has no alt
     config = Config({"TagRemovePreprocessor": {"enabled": True, "remove_cell_tags": ["about-code"]}})
     exporter = HTMLExporter(raw_template=template, exclude_input=True, config=config)
     title = {"metadata": {"name": f"{notebook.parent.name}: analysis"}}
@@ -111,6 +114,7 @@ def main(argv=None) -> int:
             raise ValueError(f"no run of {args.study} is finished here, so there is nothing to report: start it with "
                              f"python -m lib.sweep {args.study} --profile {args.profile}")
         if not args.report:
+            sweep.gpu_part(grid, args.address, args.gpus_per_run)  # before anything is downloaded
             prepare(grid, folder, console)
             failed = sweep.run_grid(grid, console=console, **sweep.options(args))
         for notebook, stamp, reads in (("03_eval", ".evaluated", ("03_eval",)),

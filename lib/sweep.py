@@ -36,8 +36,8 @@ LOOK_AGAIN = 2  # seconds between two looks at runs that another process execute
 # --- what there is to do ----------------------------------------------------------------------------------------
 
 
-def check(grid: list[runs.Params], address: str | None, gpus_per_run: float | None) -> float:
-    """The part of a GPU for each run. ValueError or FileNotFoundError if an engine or an input is not there."""
+def gpu_part(grid: list[runs.Params], address: str | None, gpus_per_run: float | None) -> float:
+    """The part of a GPU for each run. ValueError if an engine of the grid cannot work with it."""
     if gpus_per_run is None:
         here = not address and any(p.model != "tiny" for p in grid) and engines.gpu_query("name")
         gpus_per_run = float(bool(here) or any(p.engine != "transformers" for p in grid))
@@ -46,8 +46,6 @@ def check(grid: list[runs.Params], address: str | None, gpus_per_run: float | No
             engines.check(engine, min(1.0, gpus_per_run))
         if engine != "transformers" and not gpus_per_run:
             raise ValueError(f"engine={engine!r} needs a part of a GPU: give --gpus-per-run, such as 0.25")
-    for p in {inputs_of(p): p for p in grid}.values():
-        runs.check_inputs(p)
     return gpus_per_run
 
 
@@ -135,7 +133,9 @@ def run_grid(grid: list[runs.Params], address: str | None = None, cpus_per_run: 
     KeyboardInterrupt after Ctrl-C or SIGTERM, when the running runs have been stopped.
     """
     console = console or Console()
-    gpus_per_run = check(grid, address, gpus_per_run)
+    gpus_per_run = gpu_part(grid, address, gpus_per_run)
+    for p in {inputs_of(p): p for p in grid}.values():
+        runs.check_inputs(p)
     cells, study_runs = {runs.run_id(p): p for p in grid}, runs.WORK / grid[0].output_dir / "runs"
     identity = identities(grid)
     board = statuses(list(cells), study_runs)
@@ -413,6 +413,8 @@ def options(args: argparse.Namespace) -> dict:
 def announce(study: runs.Study, grid: list[runs.Params], console: Console):
     """Say what is going to run, where, and with whose hyperparameters."""
     console.print(f"{study.title}. Runs: {len(grid)}, profile: {grid[0].profile}, folder: {grid[0].output_dir}")
+    if grid[0].model != "tiny" and not engines.gpu_query("name"):
+        console.print("nvidia-smi shows no GPU here: on a CPU, a run of this model can take hours.")
     chosen = runs.selected(grid[0].profile) if study.use_selected else {}
     if chosen:
         console.print("chosen by the hyperparameter study: " + ", ".join(f"{k}={v}" for k, v in chosen.items()))
