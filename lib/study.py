@@ -114,7 +114,7 @@ def main(argv=None) -> int:
             raise ValueError(f"no run of {args.study} is finished here, so there is nothing to report: start it with "
                              f"python -m lib.sweep {args.study} --profile {args.profile}")
         if not args.report:
-            sweep.gpu_part(grid, args.address, args.gpus_per_run)  # before anything is downloaded
+            sweep.check(grid, args.address, args.gpus_per_run, inputs=False)  # before anything is downloaded
             prepare(grid, folder, console)
             failed = sweep.run_grid(grid, console=console, **sweep.options(args))
         for notebook, stamp, reads in (("03_eval", ".evaluated", ("03_eval",)),

@@ -36,8 +36,8 @@ LOOK_AGAIN = 2  # seconds between two looks at runs that another process execute
 # --- what there is to do ----------------------------------------------------------------------------------------
 
 
-def gpu_part(grid: list[runs.Params], address: str | None, gpus_per_run: float | None) -> float:
-    """The part of a GPU for each run. ValueError if an engine of the grid cannot work with it."""
+def check(grid: list[runs.Params], address: str | None, gpus_per_run: float | None, inputs: bool = True) -> float:
+    """The part of a GPU for each run. ValueError or FileNotFoundError if an engine or an input is not there."""
     if gpus_per_run is None:
         here = not address and any(p.model != "tiny" for p in grid) and engines.gpu_query("name")
         gpus_per_run = float(bool(here) or any(p.engine != "transformers" for p in grid))
@@ -46,6 +46,8 @@ def gpu_part(grid: list[runs.Params], address: str | None, gpus_per_run: float |
             engines.check(engine, min(1.0, gpus_per_run))
         if engine != "transformers" and not gpus_per_run:
             raise ValueError(f"engine={engine!r} needs a part of a GPU: give --gpus-per-run, such as 0.25")
+    for p in {inputs_of(p): p for p in grid}.values() if inputs else ():
+        runs.check_inputs(p)
     return gpus_per_run
 
 
@@ -133,9 +135,7 @@ def run_grid(grid: list[runs.Params], address: str | None = None, cpus_per_run: 
     KeyboardInterrupt after Ctrl-C or SIGTERM, when the running runs have been stopped.
     """
     console = console or Console()
-    gpus_per_run = gpu_part(grid, address, gpus_per_run)
-    for p in {inputs_of(p): p for p in grid}.values():
-        runs.check_inputs(p)
+    gpus_per_run = check(grid, address, gpus_per_run)
     cells, study_runs = {runs.run_id(p): p for p in grid}, runs.WORK / grid[0].output_dir / "runs"
     identity = identities(grid)
     board = statuses(list(cells), study_runs)
