@@ -31,7 +31,7 @@ arms:
 fixed: {max_steps: 20, eval_interval: 10, save_steps: 10, eval_problems: 16}
 seeds: [0]
 use_selected: false
-eval_samples: 2
+eval_samples: 64
 """
 SHORT = {"output_dir": "outputs/short", "base_seed": 0, "seed": 0, "max_steps": 20, "eval_interval": 10,
          "save_steps": 10, "eval_problems": 16}
