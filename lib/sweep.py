@@ -151,7 +151,7 @@ def run_grid(grid: list[runs.Params], address: str | None = None, cpus_per_run: 
         todo = [name for name, s in board.items() if s != "done"]
         taken = take_over(todo, cells, identity, study_runs, file)
         if taken:
-            console.print(f"{len(taken)} runs were finished in another study and are taken over from there.")
+            console.print(f"Finished in another study, and taken over from there: {len(taken)}.")
         board |= dict.fromkeys(todo, "waiting") | dict.fromkeys(taken, "done")
         if set(board.values()) == {"done"}:
             console.print(f"All {len(grid)} runs are done: nothing to do.")

@@ -111,7 +111,7 @@ def test_a_study_takes_over_the_runs_of_another(study):
     work = study[0].parents[1]
     (work / "again.yaml").write_text(STUDY)
     done = command(work, "lib.sweep", work / "again.yaml")
-    assert done.returncode == 0 and "2 runs were finished in another study" in done.stdout
+    assert done.returncode == 0 and "taken over from there: 2" in done.stdout
     for run in (work / "outputs/again/runs").glob("*-s*"):
         assert runs.adapter_hash(run) == runs.adapter_hash(study[0] / "runs" / run.name)
         assert runs.prove(run)[1].empty
