@@ -22,7 +22,7 @@ def pages(*patterns: str) -> list[str]:
 
 
 STUDIES = sorted(pages("outputs/*/04_analysis.ipynb"), key=lambda p: (
-    not p.startswith("outputs/language-model-smol/"), not p.startswith("outputs/tiny/"), p))
+    p.split("/")[1] not in ("language-model-smol", "tiny"), p))
 HELPERS = [f"notebooks/helpers/{n}.ipynb" for n in ("theory", "noise", "rewards", "answers", "statistics")]
 HELPERS += [p for p in pages("notebooks/helpers/*.ipynb") if p not in HELPERS]
 DOCS = pages("notebooks/START.md", "docs/*.md", "data/README.md")

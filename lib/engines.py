@@ -161,6 +161,7 @@ def turn(engine: str):
     with take_turn(engine):
         if share() < 1 and engine != "transformers":
             import torch
+
             torch.cuda.empty_cache()  # vLLM counts as free only what no process holds, this one included
         yield
         claim_memory(engine)
