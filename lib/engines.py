@@ -158,11 +158,10 @@ def take_turn(engine: str, patience: float = float("inf")):
 @contextmanager
 def turn(engine: str):
     """A turn that ends with this run holding all memory that it may use, so that it does not grow in another's."""
-    with take_turn(engine):
-        if share() < 1 and engine != "transformers":
-            import torch
+    import torch
 
-            torch.cuda.empty_cache()  # vLLM counts as free only what no process holds, this one included
+    with take_turn(engine):
+        torch.cuda.empty_cache()  # vLLM counts as free only what no process holds, this one included
         yield
         claim_memory(engine)
 

@@ -80,7 +80,8 @@ def _channels(ax, table: pd.DataFrame, x: str, base: float | None):
     """A point an arm over column x, those of one value side by side; the clean point, the base policy, the legend."""
     clean, noisy = (table[(table["channel"] == "clean") == is_clean].round({x: 6}) for is_clean in (True, False))
     styles, handles = looks_by_level(noisy["channel"].unique()) if len(noisy) else ({}, [])
-    at, step = noisy.groupby(x)["channel"].unique().map(list), 0.015 * np.ptp(table[x])
+    at, values = noisy.groupby(x)["channel"].unique().map(list), np.unique(table[x].round(6))
+    step = min(0.5 * np.diff(values).min(initial=1) / at.map(len).max(), 0.03 * np.ptp(values)) if len(at) else 0
     for channel, (colour, marker) in styles.items():
         rows = noisy[noisy["channel"] == channel].sort_values(x, ascending=x != "J")
         places = [v + step * (at[v].index(channel) - (len(at[v]) - 1) / 2) for v in rows[x]]

@@ -37,7 +37,7 @@ LOOK_AGAIN = 2  # seconds between two looks at runs that another process execute
 
 
 def check(grid: list[runs.Params], address: str | None, gpus_per_run: float | None, inputs: bool = True) -> float:
-    """The part of a GPU for each run. ValueError or FileNotFoundError if an engine or, with `inputs`, one of them is not there."""
+    """The part of a GPU for each run. ValueError or FileNotFoundError if an engine, or one of `inputs`, is missing."""
     if gpus_per_run is None:
         here = not address and any(p.model != "tiny" for p in grid) and engines.gpu_query("name")
         gpus_per_run = float(bool(here) or any(p.engine != "transformers" for p in grid))
