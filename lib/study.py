@@ -71,7 +71,8 @@ def to_html(notebook: Path) -> Path:
     template = "{% extends 'lab/index.html.j2' %}" + "".join(f"{{% block {s} %}}{{% endblock %}}" for s in scripts)
     template += """{% block data_png scoped %}{% set png = 'image/png' %}
         <div class="jp-RenderedImage jp-OutputArea-output"><img alt="{{ output | get_metadata('alt', png) | e }}"
-        width="{{ output | get_metadata('width', png) }}" src="data:image/png;base64,{{ output.data[png] }}"></div>{% endblock %}"""  # lab's has no alt
+        width="{{ output | get_metadata('width', png) }}"
+        src="data:image/png;base64,{{ output.data[png] }}"></div>{% endblock %}"""  # lab's has no alt
     config = Config({"TagRemovePreprocessor": {"enabled": True, "remove_cell_tags": ["about-code"]}})
     exporter = HTMLExporter(raw_template=template, exclude_input=True, config=config)
     title = {"metadata": {"name": f"{notebook.parent.name}: analysis"}}
