@@ -8,6 +8,7 @@ VENV ?= .venv
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do command -v $$p >/dev/null 2>&1 && \
   $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
 BIN := $(VENV)/bin
+MEASURE = PYTHONPATH=tests:tests/notebooks $(BIN)/python tests/measure
 LOCK := requirements/$(if $(GPU),gpu,cpu).txt
 READY := $(VENV)/.ready-$(if $(GPU),gpu,cpu)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -16,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .DEFAULT_GOAL := study
 
 study: setup
-	@$(BIN)/python -m lib.study $(STUDY) --profile $(PROFILE) $(OPTIONS)
+	@$(BIN)/python -m runner $(STUDY) --profile $(PROFILE) $(OPTIONS)
 
 test: setup
 	@$(BIN)/ruff check
@@ -29,7 +30,7 @@ test-slow: setup
 # Both graders under N generated completions: prints counts, time and memory; fails if one is accepted that must not be.
 N ?= 1000000
 fuzz: setup
-	@$(BIN)/python tests/fuzz.py $(N)
+	@$(MEASURE)/fuzz.py $(N)
 
 # A study in pieces, on machines that do not last: its evaluated runs without their weights, in one file that git can
 # hold, and back again. What was trained elsewhere then counts as done: make unpack, then the same make study.
@@ -67,7 +68,7 @@ lint: setup  ## what a program can tell of style: seconds
 
 # Evaluation through real vLLM on a CPU (Linux, Python 3.11): a community build, in an environment of its own.
 test-vllm: .venv-vllm/.ready
-	@VLLM_LOGGING_LEVEL=ERROR .venv-vllm/bin/python -m pytest -q tests/test_vllm.py
+	@VLLM_LOGGING_LEVEL=ERROR .venv-vllm/bin/python -m pytest -q tests/runner/test_vllm.py
 
 .venv-vllm/.ready: requirements/gpu.txt pyproject.toml
 	@test -x .venv-vllm/bin/python || python3.11 -m venv .venv-vllm
@@ -78,27 +79,27 @@ test-vllm: .venv-vllm/.ready
 
 # Evaluation tables and analysis of 1,000 runs on 5,000 questions: seconds and memory a cell. OPTIONS="--runs 100".
 scale: setup
-	@$(BIN)/python tests/scale.py $(OPTIONS)
+	@$(MEASURE)/scale.py $(OPTIONS)
 
 # Sweeps that are stopped, that meet, and that lose nodes; the submit script with a stand-in for SLURM. Minutes.
 test-cluster: setup
-	@$(BIN)/python -m pytest -q tests/cluster.py
+	@$(BIN)/python -m pytest -q tests/runner/cluster.py
 
 # 10,000 cells of which all but one are finished: seconds to plan, and until the last one has begun and is done.
 scale-sweep: SHELL := bash
 scale-sweep: setup
-	@folder=$$(mktemp -d) && $(BIN)/python scripts/fake_runs.py $$folder && export GRPO_NOISE_WORK=$$folder && \
-	  time $(BIN)/python -m lib.sweep $$folder/study.yaml --dry-run | tail -n 1 && \
-	  time $(BIN)/python -m lib.sweep $$folder/study.yaml && rm -rf $$folder
+	@folder=$$(mktemp -d) && $(MEASURE)/fake_runs.py $$folder && export GRPO_NOISE_WORK=$$folder && \
+	  time $(BIN)/python -m runner $$folder/study.yaml --dry-run | tail -n 1 && \
+	  time $(BIN)/python -m runner $$folder/study.yaml --runs-only && rm -rf $$folder
 
 # Many short runs under one sweep: what grows, what is left behind? RUNS=30 for a short answer.
 RUNS ?= 200
 soak: setup
-	@$(BIN)/python tests/soak.py --runs $(RUNS) $(OPTIONS)
+	@$(MEASURE)/soak.py --runs $(RUNS) $(OPTIONS)
 
 # One study twice, in another order and at another parallelism: are all tables identical? MAX_STEPS=6 for a short answer.
 reproduce: setup
-	@$(BIN)/python tests/reproduce.py $(STUDY) --profile $(PROFILE) $(if $(MAX_STEPS),--max-steps $(MAX_STEPS))
+	@$(MEASURE)/reproduce.py $(STUDY) --profile $(PROFILE) $(if $(MAX_STEPS),--max-steps $(MAX_STEPS))
 
 # The static site of all rendered notebooks, README and docs: build/site/index.html. It needs no network, then or later.
 site: .venv-site/.ready
@@ -121,7 +122,7 @@ browser-test: setup
 	@$(BIN)/python -m pip install --quiet -r requirements/browser.txt
 	@test -n "$$CHROME" || command -v chromium || command -v chromium-browser || command -v google-chrome || \
 	  { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y chromium; } || true
-	@$(BIN)/python -m pytest -x tests/browser
+	@$(BIN)/python -m pytest -x tests/notebooks/browser
 
 setup: $(READY)  ## only the environment
 

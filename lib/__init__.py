@@ -1,12 +1,4 @@
-"""Helpers that two or more notebooks share. The notebooks hold the story and the training loop.
+"""What the notebooks explain: answers, noise, rewards, theory, statistics, figures.
 
-ROOT is the project; WORK is where `data/`, `models/` and `outputs/` are: the project too, unless the environment
-variable GRPO_NOISE_WORK names another folder (a scratch disk of a cluster, say).
+Nothing here knows how runs are made, stored or scheduled: that is `runner`.
 """
-
-import os
-from pathlib import Path
-
-ROOT = Path(__file__).parents[1]
-WORK = Path(os.environ.get("GRPO_NOISE_WORK", ROOT)).expanduser().resolve()
-BUILT_HERE = ("tiny", "smol-warm")  # base policies that 01b_warm_start makes, in models/<name>-s<base_seed>

@@ -4,22 +4,18 @@ TRL calls `f(prompts, completions, completion_ids, **columns, trainer_state, log
 generation batch, completions of a prompt side by side, and expects one float (or None: withheld) a completion.
 """
 
-import shutil
 from collections import Counter, defaultdict
 from itertools import count
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from lib import noise
 from lib.answers import Verifier, normalize
-from lib.files import write_atomically
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 LOG_SCHEMA = pa.schema([
     ("step", pa.int32()), ("sample_id", pa.string()), ("rollout", pa.int16()),
@@ -62,18 +58,17 @@ def verdicts(grades, groups, source: str = "accuracy") -> np.ndarray:
     return np.array([g.correct if source == "accuracy" else g.method != "unparsed" for g in grades], int)
 
 
-def noisy_reward(verifier: Verifier, chan: noise.Channel, noise_seed: int, log_folder, source: str = "accuracy",
+def noisy_reward(verifier: Verifier, chan: noise.Channel, noise_seed: int, log, source: str = "accuracy",
                  correct=lambda r, groups: r, clock=lambda: None):
     """The reward function of a run: grade, apply the channel, log every completion, report the rates to TRL.
 
     source: what enters the channel, see `verdicts`. The checker's own verdict is logged in any case.
     correct: maps observed rewards (n,) and their problems to what the trainer is given (see `estimator`).
     clock: called at the start and at the end, so that a run can say what its rewards cost.
-    The dataset needs the columns `sample_id` and `answer`. One file a step appears in `log_folder`.
+    log: what each step is written to: `log.write(table)`, a pyarrow table with LOG_SCHEMA, a row a completion.
+    The dataset needs the columns `sample_id` and `answer`.
     """
     verdicts([], [], source)  # an unknown source is refused now, not after the first rollouts
-    folder = Path(log_folder)
-    folder.mkdir(parents=True, exist_ok=True)
 
     def observed_reward(completions, completion_ids, answer, trainer_state, log_metric, sample_id=None, **_):
         if sample_id is None:
@@ -90,7 +85,7 @@ def noisy_reward(verifier: Verifier, chan: noise.Channel, noise_seed: int, log_f
         verdict = verdicts(grades, sample_id, source)
         r = noise.observe(chan, verdict, noise_seed, step, sample_id, rollout)
         returned = correct(r, sample_id)
-        write_step(folder, pa.table([
+        log.write(pa.table([
             step, sample_id, rollout, t, verdict, r, returned, r != verdict, format_ok,
             [len(ids) for ids in completion_ids], [g.method for g in grades]], schema=LOG_SCHEMA))
         for name, value in realised_rates(t, r).items():
@@ -167,9 +162,6 @@ def sgrpo_weight(observed_mean, p) -> np.ndarray:
     return ((1 - 2 * p) * np.sqrt(ratio))[()]
 
 
-# --- the log ----------------------------------------------------------------------------------------------------
-
-
 def realised_rates(true_reward, observed_reward) -> dict[str, float]:
     """Clean mean, observed mean, shares of wrong answers rewarded and of right answers not; NaN where undefined."""
     t, r = np.asarray(true_reward), np.asarray(observed_reward, float)
@@ -181,75 +173,3 @@ def realised_rates(true_reward, observed_reward) -> dict[str, float]:
     return {"clean_mean": float(np.mean(t)), "observed_mean": share(kept, r),
             "realised_false_positive_rate": share(kept & (t == 0), r == 1),
             "realised_false_negative_rate": share(kept & (t == 1), r == 0)}
-
-
-def write_step(folder: Path, table: pa.Table):
-    """One generation step as one file, so a kill between steps loses nothing and a repeated step replaces itself."""
-    memory = pa.BufferOutputStream()  # one system call instead of thirty small ones
-    pq.write_table(table, memory, compression="none", use_dictionary=False, write_statistics=False)
-    # not flushed, which would cost more than all the rest: a run does not go on behind a step that cannot be read
-    write_atomically(folder / f"step-{table['step'][0].as_py():06d}.parquet", memory.getvalue(), flush=False)
-
-
-def drop_steps_from(log_folder, step: int):
-    """Forget the log of `step` and later: a resumed run does those steps again."""
-    for file in Path(log_folder).glob("step-*.parquet"):
-        if int(file.stem.split("-")[1]) >= step:
-            file.unlink()
-    joined = Path(log_folder).parent / "rewards.parquet"
-    if step == 0:
-        joined.unlink(missing_ok=True)  # not read: it may be the reason to start again
-    elif joined.exists():  # the run was killed between joining its log and being done
-        log = _read(joined)
-        _write_log(joined, log[log.step < step])
-
-
-def logged_until(run_folder, every: int = 1) -> int:
-    """The first of the steps 0, every, 2 every, ... that is not in the log, or only in a file that cannot be read."""
-    steps = set()
-    for file in (Path(run_folder) / "rewards.parquet", *Path(run_folder).glob("rewards/step-*.parquet")):
-        try:
-            steps |= set(_read(file).step)
-        except (FileNotFoundError, ValueError):
-            continue
-    return next(step for step in count(0, every) if step not in steps)
-
-
-def _read(file: Path) -> "pd.DataFrame":
-    try:
-        return pq.read_table(file).to_pandas()
-    except (pa.ArrowException, OSError) as e:
-        if isinstance(e, FileNotFoundError):
-            raise
-        raise ValueError(f"{file} is damaged and cannot be read ({str(e).split('.')[0]}): start the run again, it "
-                         "goes on from the last checkpoint before the damage") from None
-
-
-def read_log(run_folder) -> "pd.DataFrame":
-    """The reward log of a run, finished or not: a row a completion, in the order of steps (columns: LOG_SCHEMA).
-
-    FileNotFoundError if there is none, ValueError if a file of it is damaged.
-    """
-    import pandas as pd
-
-    whole, parts = Path(run_folder) / "rewards.parquet", sorted(Path(run_folder).glob("rewards/step-*.parquet"))
-    if not whole.exists() and not parts:
-        raise FileNotFoundError(f"{Path(run_folder).name} has no reward log: it stopped before its first step")
-    steps = [_read(p) for p in parts]
-    if whole.exists():  # with step files beside it after a kill: a step's own file is the newer one
-        joined = _read(whole)
-        steps.insert(0, joined[~joined.step.isin({s.step.iloc[0] for s in steps})])
-    return pd.concat(steps).sort_values("step", kind="stable", ignore_index=True)
-
-
-def join_log(run_folder):
-    """Join the steps' files into `rewards.parquet` (atomically), then remove them."""
-    _write_log(Path(run_folder) / "rewards.parquet", read_log(run_folder))
-    if (Path(run_folder) / "rewards").exists():
-        shutil.rmtree(Path(run_folder) / "rewards")
-
-
-def _write_log(path: Path, log: "pd.DataFrame"):
-    memory = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pandas(log, LOG_SCHEMA, preserve_index=False), memory)
-    write_atomically(path, memory.getvalue())

@@ -12,7 +12,7 @@
 #   sbatch scripts/slurm.sh flip --profile smol --gpus-per-run 0.25
 #   sbatch --nodes=4 --gpus-per-node=8 --time=24:00:00 scripts/slurm.sh channels --profile qwen2.5-math-1.5b
 #
-# Arguments are those of `python -m lib.sweep`; options of sbatch override the lines above. The job starts Ray on every
+# Arguments are those of `python -m runner`; options of sbatch override the lines above. The job starts Ray on every
 # node, waits for all of them, runs the sweep and takes Ray down. Two minutes before the time limit the sweep is told to
 # stop; submit the same line again and it goes on from the last checkpoints.
 set -euo pipefail
@@ -83,7 +83,7 @@ print(f"{there} of {nodes} nodes have joined Ray at {address}")
 sys.exit(there < nodes)
 PYTHON
 
-"$BIN/python" -m lib.sweep "$@" --address "$head:$port" &
+"$BIN/python" -m runner "$@" --runs-only --address "$head:$port" &
 sweep=$!
 status=0
 wait "$sweep" || status=$?

@@ -8,7 +8,7 @@ import psutil
 import pytest
 from hypothesis import settings
 
-from lib import ROOT
+from runner import ROOT
 
 settings.register_profile("project", deadline=None)  # a busy machine is not a failure
 settings.load_profile("project")

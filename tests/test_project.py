@@ -13,9 +13,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from lib import runs
+from runner import ROOT, parameters
 
-ROOT = runs.ROOT
 NOTEBOOKS = sorted(p for p in (ROOT / "notebooks").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 SOURCES = [p for p in NOTEBOOKS if p.parent.name != "helpers"]
 
@@ -150,7 +149,7 @@ def test_the_training_notebook_offers_every_parameter():
     cells = nbformat.read(ROOT / "notebooks/02_train.ipynb", as_version=4).cells
     cell = next(c for c in cells if is_parameters(c))
     names = re.findall(r"^(\w+) = \S+ +# \S", cell.source, re.M)  # one parameter a line, each with a comment
-    assert sorted(names) == sorted(runs.Params.model_fields)
+    assert sorted(names) == sorted(parameters.Params.model_fields)
 
 
 def test_nothing_names_a_machine_or_a_registry():

@@ -13,14 +13,14 @@ began = time.time()
 folders, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
 questions, k = int(sys.argv[3]), int(sys.argv[4])
 
-from lib import data, engines, policies, runs  # noqa: E402
+from runner import dataset, engines, parameters, policies  # noqa: E402
 
-params = runs.resolve("smol", model=sys.argv[5])
+params = parameters.resolve("smol", model=sys.argv[5])
 engines.prepare("vllm")
 model, tokenizer = policies.load_policy(params, "transformers")
 stop = model.generation_config.eos_token_id
 del model
-rows = data.load_split(params.data_dir, "test").select(range(questions))
+rows = dataset.load_split(params.data_dir, "test").select(range(questions))
 prompts = [policies.format_prompt(p, params.prompt_template, tokenizer) for p in rows["problem"]]
 llm = engines.vllm_engine(policies.policy_source(params), params, len(folders))
 ready = time.time()

@@ -1,0 +1,371 @@
+"""lib.rewards: TRL's contract, a log that survives a kill, realised rates, and what a real GRPOTrainer makes of it."""
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib import noise, rewards
+from lib.answers import Verifier
+from lib.noise import channel
+from runner import rewardlog
+from runner.rewardlog import RewardLog
+
+VERIFIER = Verifier()
+UNCORRECTED = rewards.estimator("none")
+
+
+def chat(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def batch(step=0, groups=4, size=8, as_chat=False):
+    """What TRL passes for `groups` prompts: in group g the first g answers are right, the last one has no box."""
+    texts = [f"so \\boxed{{{g if i < g else g + 1}}}" for g in range(groups) for i in range(size)]
+    texts[size - 1::size] = ["no box"] * groups
+    ids = [f"algebra/train:{g}" for g in range(groups) for _ in range(size)]
+    return {"completions": [chat(t) for t in texts] if as_chat else texts, "sample_id": ids,
+            "prompts": ["?"] * len(ids), "completion_ids": [[5] * (i % 7 + 1) for i in range(len(ids))],
+            "answer": [str(g) for g in range(groups) for _ in range(size)],
+            "trainer_state": SimpleNamespace(global_step=step), "log_extra": None, "level": ["Level 1"] * len(ids)}
+
+
+def run(folder, chan=None, seed=0, steps=(0,), source="accuracy", correct=UNCORRECTED, **how):
+    """Call the reward function of a run once a step. Returns the last rewards and all metrics."""
+    metrics = []
+    f = rewards.noisy_reward(VERIFIER, chan or channel(), seed, RewardLog(folder / "rewards"), source, correct)
+    for step in steps:
+        r = f(**batch(step, **how), log_metric=lambda name, value: metrics.append((name, value)))
+    return r, metrics
+
+
+def right(groups=4, size=8):
+    return np.array([float(i < g) for g in range(groups) for i in range(size)])
+
+
+# ---- reward functions
+
+
+@pytest.mark.parametrize("as_chat", [False, True], ids=["text", "chat"])
+def test_one_float_a_completion_whatever_form_it_has(tmp_path, as_chat):
+    r, _ = run(tmp_path, as_chat=as_chat)
+    assert r == right().tolist() and all(type(x) is float for x in r)
+    assert rewardlog.read_log(tmp_path).format_ok.tolist() == ([True] * 7 + [False]) * 4
+
+
+def test_the_last_message_is_the_one_that_counts():
+    talk = [{"role": "assistant", "content": r"\boxed{1}"}, {"role": "assistant", "content": r"\boxed{2}"}]
+    grades = VERIFIER.grade(["1", "2"], [rewards.text_of(talk)] * 2)
+    assert rewards.verdicts(grades, ["a", "b"]).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("text, formatted", [
+    (r"\boxed{}", 0), (r"\boxed{ }", 0), (r"\boxed{4", 0), ("4", 0), (r"\boxed{x}", 1), (r"\boxed 4", 1),
+    (r"\boxed{4} \boxed{", 0), (r"\boxed{\frac}", 1)])
+def test_the_format_reward_and_the_log_agree_on_what_a_box_is(tmp_path, text, formatted):
+    f = rewards.noisy_reward(VERIFIER, channel(), 0, RewardLog(tmp_path / "rewards"), "format")
+    assert f(**one(text), log_metric=lambda *_: None) == [formatted]
+    assert rewardlog.read_log(tmp_path).format_ok.tolist() == [bool(formatted)]
+
+
+def one(text):
+    return {"completions": [text], "completion_ids": [[1]], "sample_id": ["a"], "answer": ["7"],
+            "trainer_state": SimpleNamespace(global_step=0)}
+
+
+def test_a_withheld_reward_is_none_for_trl_and_missing_in_the_log(tmp_path):
+    r, metrics = run(tmp_path, channel(abstain_rate=0.5))
+    log = rewardlog.read_log(tmp_path)
+    assert 0 < sum(x is None for x in r) < len(r)
+    assert [x is None for x in r] == log.observed_reward.isna().tolist()
+    assert [x for x in r if x is not None] == right()[log.observed_reward.notna()].tolist()
+    assert dict(metrics)["observed_mean"] == pytest.approx(log.observed_reward.mean())
+
+
+def test_a_dataset_without_the_problems_names_is_refused(tmp_path):
+    f = rewards.noisy_reward(VERIFIER, channel(0.1, noise_level="prompt"), 0, RewardLog(tmp_path / "rewards"))
+    given = one("7") | {"log_metric": lambda *_: None}
+    del given["sample_id"]
+    with pytest.raises(ValueError, match="level 'prompt' is drawn by problem, .* no column sample_id: add one"):
+        f(**given)
+
+
+def test_an_unknown_reward_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="reward='length' is unknown: choose accuracy, format or majority"):
+        rewards.noisy_reward(VERIFIER, channel(), 0, RewardLog(tmp_path), "length")
+
+
+# ---- the log
+
+
+def test_the_log_says_what_happened_to_each_completion(tmp_path):
+    chan = channel(false_positive_rate=0.3, false_negative_rate=0.2)
+    r, _ = run(tmp_path, chan, seed=5, steps=(3,))
+    log = rewardlog.read_log(tmp_path)
+    assert log.columns.tolist() == rewards.LOG_SCHEMA.names
+    assert (log.step == 3).all() and log.rollout.tolist() == list(range(8)) * 4
+    assert log.sample_id.tolist() == batch()["sample_id"]
+    assert log.true_reward.tolist() == right().tolist() and log.observed_reward.tolist() == r
+    assert log.verdict.tolist() == log.true_reward.tolist() and log.returned.tolist() == r
+    assert log.changed.tolist() == (log.true_reward != log.observed_reward).tolist() and log.changed.any()
+    assert log.format_ok.tolist() == ([True] * 7 + [False]) * 4
+    assert log.completion_tokens.tolist() == [i % 7 + 1 for i in range(32)]
+    assert log.grader.tolist() == (["exact"] * 7 + ["unparsed"]) * 4
+    assert noise.replay(log, chan, 5).empty
+
+
+def test_a_prompt_visited_twice_in_a_batch_goes_on_counting(tmp_path):
+    f = rewards.noisy_reward(VERIFIER, channel(), 0, RewardLog(tmp_path / "rewards"))
+    many = batch(groups=2, size=4) | {"sample_id": list("abbaabba")}
+    f(**many, log_metric=lambda *_: None)
+    log = rewardlog.read_log(tmp_path)
+    assert log.rollout.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert not log.duplicated(["step", "sample_id", "rollout"]).any()
+
+
+def test_one_file_a_step_and_a_repeated_step_replaces_itself(tmp_path):
+    run(tmp_path, steps=(2, 0, 1))
+    assert sorted(p.name for p in (tmp_path / "rewards").iterdir()) == [f"step-00000{i}.parquet" for i in range(3)]
+    before = rewardlog.read_log(tmp_path)
+    assert before.step.tolist() == np.repeat([0, 1, 2], 32).tolist()
+    run(tmp_path, channel(label_flip_rate=1), steps=(1,))
+    after = rewardlog.read_log(tmp_path)
+    assert len(after) == len(before)
+    assert (before.observed_reward != after.observed_reward).tolist() == (after.step == 1).tolist()
+
+
+def test_many_steps_keep_their_order(tmp_path):
+    run(tmp_path, steps=(9, 10, 99, 100, 999_999, 1_000_000), groups=1, size=1)
+    assert rewardlog.read_log(tmp_path).step.tolist() == [9, 10, 99, 100, 999_999, 1_000_000]
+    rewardlog.drop_steps_from(tmp_path / "rewards", 100)
+    assert rewardlog.read_log(tmp_path).step.tolist() == [9, 10, 99]
+
+
+def test_joining_changes_nothing_but_the_number_of_files(tmp_path):
+    run(tmp_path, channel(label_flip_rate=0.2, abstain_rate=0.2), steps=range(5))
+    before = rewardlog.read_log(tmp_path)
+    rewardlog.join_log(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["rewards.parquet"]
+    pd.testing.assert_frame_equal(rewardlog.read_log(tmp_path), before)
+    stored = pq.read_schema(tmp_path / "rewards.parquet")
+    assert [(f.name, f.type) for f in stored] == [(f.name, f.type) for f in rewards.LOG_SCHEMA]
+    assert {f.name: f.type for f in stored}["observed_reward"] == pa.float32()
+    rewardlog.join_log(tmp_path)
+    pd.testing.assert_frame_equal(rewardlog.read_log(tmp_path), before)
+
+
+def test_a_kill_while_writing_leaves_half_a_file_that_nobody_reads(tmp_path):
+    run(tmp_path, steps=range(3))
+    half = (tmp_path / "rewards/step-000002.parquet").read_bytes()[:500]
+    (tmp_path / "rewards/step-000003.part").write_bytes(half)
+    (tmp_path / "rewards.parquet.part").write_bytes(half)
+    assert rewardlog.read_log(tmp_path).step.unique().tolist() == [0, 1, 2]
+    rewardlog.drop_steps_from(tmp_path / "rewards", 2)
+    run(tmp_path, steps=(2, 3))
+    rewardlog.join_log(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["rewards.parquet"]
+    assert rewardlog.read_log(tmp_path).groupby("step").size().tolist() == [32] * 4
+
+
+@pytest.mark.parametrize("removed", [0, 2, 5])
+def test_a_kill_while_the_joined_log_replaces_its_steps_loses_and_repeats_nothing(tmp_path, removed):
+    run(tmp_path, steps=range(5))
+    log, files = rewardlog.read_log(tmp_path), sorted((tmp_path / "rewards").iterdir())
+    kept = [(f, f.read_bytes()) for f in files[removed:]]
+    rewardlog.join_log(tmp_path)
+    (tmp_path / "rewards").mkdir()
+    for file, content in kept:
+        file.write_bytes(content)
+    pd.testing.assert_frame_equal(rewardlog.read_log(tmp_path), log)
+    rewardlog.drop_steps_from(tmp_path / "rewards", 3)  # the checkpoint that the run goes on from is older than its log
+    assert rewardlog.read_log(tmp_path).step.unique().tolist() == [0, 1, 2]
+    run(tmp_path, channel(label_flip_rate=1), steps=(3, 4))
+    rewardlog.join_log(tmp_path)
+    again = rewardlog.read_log(tmp_path)
+    assert (again.observed_reward != log.observed_reward).tolist() == (log.step >= 3).tolist()
+
+
+def test_a_run_without_a_log_is_named(tmp_path):
+    (tmp_path / "flip-0.2").mkdir()
+    with pytest.raises(FileNotFoundError, match="^flip-0.2 has no reward log"):
+        rewardlog.read_log(tmp_path / "flip-0.2")
+
+
+# ---- realised rates
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.sampled_from([0.0, 1.0, float("nan")])), min_size=1, max_size=40))
+def test_realised_rates_are_counts(pairs):
+    t, r = map(np.array, zip(*pairs, strict=True))
+    found = rewards.realised_rates(t, r)
+    kept = [(a, b) for a, b in pairs if b == b]
+    expected = {"clean_mean": sum(t) / len(t), "observed_mean": sum(b for _, b in kept) / (len(kept) or np.nan)}
+    for name, true, observed in (("positive", 0, 1), ("negative", 1, 0)):
+        among = [b for a, b in kept if a == true]
+        expected[f"realised_false_{name}_rate"] = among.count(observed) / (len(among) or np.nan)
+    assert found == pytest.approx(expected, nan_ok=True)
+
+
+def test_a_rate_without_a_denominator_is_not_reported(tmp_path):
+    assert np.isnan(rewards.realised_rates([1, 1], [1, 0])["realised_false_positive_rate"])
+    _, metrics = run(tmp_path, groups=1)  # no right answer in group 0
+    assert [name for name, _ in metrics] == ["clean_mean", "observed_mean", "realised_false_positive_rate"]
+    _, metrics = run(tmp_path, channel(abstain_rate=1))
+    assert metrics == [("clean_mean", right().mean())]
+
+
+def test_trl_is_told_clean_and_observed_mean(tmp_path):
+    r, metrics = run(tmp_path, channel(false_positive_rate=0.4))
+    assert all(type(value) is float for _, value in metrics)
+    told, t = dict(metrics), right()
+    assert told["clean_mean"] == t.mean() and told["observed_mean"] == np.mean(r) > t.mean()
+    assert told["realised_false_positive_rate"] == np.array(r)[t == 0].mean()
+    assert told["realised_false_negative_rate"] == 0
+
+
+def test_the_format_control_never_shows_the_verdict_and_logs_it(tmp_path):
+    r, metrics = run(tmp_path, source="format")
+    log = rewardlog.read_log(tmp_path)
+    assert r == log.observed_reward.tolist() == ([1.0] * 7 + [0.0]) * 4
+    assert log.true_reward.tolist() == right().tolist() and log.verdict.tolist() == r and not log.changed.any()
+    assert dict(metrics)["clean_mean"] == right().mean() and dict(metrics)["observed_mean"] == 7 / 8
+    noisy, _ = run(tmp_path, channel(mask_rate=0.5), source="format", seed=1)
+    log = rewardlog.read_log(tmp_path)
+    assert 0 < sum(noisy) < sum(r)
+    assert noise.replay(log, channel(mask_rate=0.5), 1).empty
+
+
+# ---- votes and mitigations
+
+
+@pytest.mark.parametrize("answers, verdict", [
+    (["1", "2", "2", "3"], [0, 1, 1, 0]), (["1", "2", "2", "1"], [1, 0, 0, 1]), ([None, "", "4", None], [0, 0, 1, 0]),
+    ([None, None, "", None], [0, 0, 0, 0]), (["1/2", r"\frac{1}{2}", "3", "4"], [1, 1, 0, 0])])
+def test_the_most_common_answer_wins_and_no_answer_never_does(answers, verdict):
+    assert rewards.majority_reward(answers, ["a"] * 4).tolist() == verdict
+    mixed = rewards.majority_reward([*answers, *answers[::-1]], ["a", "a", "a", "a", "b", "b", "b", "b"])
+    assert mixed[:4].tolist() == verdict  # another problem's votes do not count
+
+
+def test_votes_do_not_see_the_gold_answer(tmp_path):
+    r, metrics = run(tmp_path, source="majority")
+    log = rewardlog.read_log(tmp_path)
+    vote = [0.0 if i == 7 else float(i < g) if g > 3 else float(i >= g) for g in range(4) for i in range(8)]
+    assert r == log.verdict.tolist() == vote  # with at most three right of eight, the common wrong answer wins
+    assert log.true_reward.tolist() == right().tolist() and dict(metrics)["clean_mean"] == right().mean()
+
+
+@pytest.mark.parametrize("mitigation, expected", [
+    ("none", lambda r: r), ("backward", lambda r: (r - 0.2) / 0.6), ("forward", lambda r: r - 0.8)])
+def test_the_trainer_gets_the_corrected_reward_and_the_log_has_both(tmp_path, mitigation, expected):
+    chan = channel(label_flip_rate=0.2, abstain_rate=0.2)
+    r, _ = run(tmp_path, chan, correct=rewards.estimator(mitigation, 0.2, 0.2))
+    log = rewardlog.read_log(tmp_path)
+    returned = np.array(r, float)
+    assert np.isnan(returned).any() and np.allclose(returned, log.returned, equal_nan=True)
+    assert np.allclose(returned, expected(log.observed_reward), equal_nan=True)
+    assert noise.replay(log, chan, 0).empty
+
+
+@pytest.mark.parametrize("how, message", [
+    (("sgrpo", 0.1, 0.3), "made for flips, a = b, but assumes a=0.1 and b=0.3"), (("sgrpo", 0.5, 0.5), "below 0.5"),
+    (("backward", 0.5, 0.5), "choose a . b other than 1"), (("clip",), "mitigation='clip' is unknown: choose none")])
+def test_a_mitigation_that_cannot_work_is_refused_before_training(how, message):
+    with pytest.raises(ValueError, match=message):
+        rewards.estimator(*how)
+
+
+# ---- a real trainer: two steps of a tiny policy with random weights
+
+
+def train(folder, chan, scale_rewards="group", correct=UNCORRECTED):
+    """Two GRPO steps of 16 completions on a CPU. Returns the trainer and the run's log."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    from runner.policies import tiny_model, tiny_tokenizer
+
+    data = Dataset.from_list([{"prompt": f"1{i}+{i}=?", "answer": str(10 + 2 * i), "sample_id": f"add/train:{i}"}
+                              for i in range(8)])
+    config = GRPOConfig(
+        output_dir=str(folder / "checkpoints"), per_device_train_batch_size=16, num_generations=8, max_steps=2, seed=0,
+        max_completion_length=3, logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, bf16=False,
+        gradient_checkpointing=False, scale_rewards=scale_rewards, learning_rate=1e-3, disable_tqdm=True)
+    trainer = GRPOTrainer(
+        model=tiny_model(0, hidden_size=16, num_layers=1), args=config, train_dataset=data,
+        processing_class=tiny_tokenizer(),
+        reward_funcs=rewards.noisy_reward(VERIFIER, chan, 7, RewardLog(folder / "rewards"), correct=correct))
+    trainer.train()
+    return trainer, rewardlog.read_log(folder)
+
+
+@pytest.fixture(scope="module")
+def flipped(tmp_path_factory):
+    """Random weights never solve a problem, so a flip channel is what gives groups with a signal."""
+    return train(tmp_path_factory.mktemp("flipped"), channel(label_flip_rate=0.4))
+
+
+@pytest.fixture(scope="module")
+def withheld(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("withheld"), channel(false_positive_rate=0.5, abstain_rate=0.4))
+
+
+def advantages(log, scaled=True):
+    """TRL's advantages from the log: Bessel-corrected, 1e-4 added, 0 where the reward was withheld."""
+    group = log.groupby(["step", "sample_id"]).observed_reward
+    a = log.observed_reward - group.transform("mean")
+    return (a / (group.transform("std") + 1e-4) if scaled else a).fillna(0)
+
+
+def test_trl_logs_our_metrics_and_uses_our_rewards(flipped):
+    trainer, log = flipped
+    history = pd.DataFrame([h for h in trainer.state.log_history if "loss" in h]).set_index("step")
+    per_step = log.groupby("step")
+    assert log.step.tolist() == [0] * 16 + [1] * 16
+    assert history.clean_mean.tolist() == pytest.approx(per_step.true_reward.mean().tolist())
+    assert history.observed_mean.tolist() == pytest.approx(per_step.observed_reward.mean().tolist())
+    assert history["rewards/observed_reward/mean"].tolist() == pytest.approx(history.observed_mean.tolist())
+    rates = log[log.true_reward == 0].groupby("step").observed_reward.mean()
+    assert history.realised_false_positive_rate.tolist() == pytest.approx(rates.tolist())
+    assert history["completions/mean_length"].tolist() == pytest.approx(per_step.completion_tokens.mean().tolist())
+    assert noise.replay(log, channel(label_flip_rate=0.4), 7).empty
+
+
+def test_the_advantages_that_trl_used_follow_from_the_log(flipped):
+    trainer, log = flipped
+    last = log.tail(len(trainer._logs["advantages"]))  # TRL keeps one generation batch
+    assert list(trainer._logs["advantages"]) == pytest.approx(advantages(last).tolist(), abs=1e-5)
+    assert advantages(last).abs().max() > 0.5
+    groups = last.groupby("sample_id")
+    assert groups.size().tolist() == [8, 8] and (groups.rollout.unique().str.len() == 8).all()
+
+
+def test_a_withheld_reward_has_advantage_zero_in_trl(withheld):
+    trainer, log = withheld
+    last = log.tail(len(trainer._logs["advantages"])).reset_index(drop=True)
+    used = np.array(trainer._logs["advantages"])
+    missing = last.observed_reward.isna()
+    assert missing.any() and (used[missing] == 0).all() and (np.abs(used[~missing]) > 0.1).any()
+    assert used == pytest.approx(advantages(last).to_numpy(), abs=1e-5)
+    losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
+    assert len(losses) == 2 and np.isfinite(losses).all()
+
+
+def test_without_scaling_the_advantage_is_the_centred_reward(tmp_path):
+    trainer, log = train(tmp_path, channel(label_flip_rate=0.4), scale_rewards="none")
+    last = log.tail(len(trainer._logs["advantages"]))
+    assert list(trainer._logs["advantages"]) == pytest.approx(advantages(last, scaled=False).tolist(), abs=1e-6)
+
+
+def test_sgrpo_advantages_reach_the_policy_unchanged(tmp_path):
+    trainer, log = train(tmp_path, channel(label_flip_rate=0.3), "none", rewards.estimator("sgrpo", 0.3, 0.3))
+    last = log.tail(len(trainer._logs["advantages"]))
+    groups = last.groupby("sample_id").observed_reward
+    weighted = rewards.sgrpo_weight(groups.transform("mean").to_numpy(), 0.3) * advantages(last).to_numpy()
+    assert list(trainer._logs["advantages"]) == pytest.approx(weighted.tolist(), abs=1e-5)
+    assert list(trainer._logs["advantages"]) == pytest.approx(last.returned.tolist(), abs=1e-6)
+    assert np.abs(weighted).max() > 0.1

@@ -1,0 +1,91 @@
+"""The recipes in docs/, executed as they stand there, in a copy of the project."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+from runner import ROOT, parameters
+
+
+@pytest.fixture
+def follow(workspace, tmp_path):
+    """A function that executes a recipe's blocks in order and returns what each printed.
+
+    bash and python are executed, diffs are applied, a yaml block is the file that its first line names.
+    """
+    copy = tmp_path / "project"
+    for name in ("lib", "notebooks", "params"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    shutil.copytree(workspace / "data", tmp_path / "work/data")
+    shutil.copytree(workspace / "models", tmp_path / "work/models")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+    def recipe(name: str, **environment) -> list[str]:
+        env = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"} | environment | {
+            "GRPO_NOISE_WORK": str(tmp_path / "work"), "PYTHONPATH": str(copy), "PATH": path,
+            "GIT_CEILING_DIRECTORIES": str(tmp_path)}
+        printed = []
+        for kind, block in re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / f"docs/{name}.md").read_text(), re.M | re.S):
+            if kind == "yaml":
+                (copy / block.splitlines()[0].removeprefix("# ")).write_text(block)
+            elif kind != "text":
+                command = {"bash": ["bash", "-e"], "python": ["python", "-"], "diff": ["git", "apply", "-"]}[kind]
+                done = subprocess.run(command, input=block, cwd=copy, env=env, capture_output=True, text=True)
+                assert done.returncode == 0, f"{block}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
+                printed.append(done.stdout)
+        return printed
+
+    recipe.work, recipe.project = tmp_path / "work", copy
+    return recipe
+
+
+@pytest.mark.slow
+def test_a_channel(follow):
+    *_, proof, plan = follow("recipe-channel")
+    run = next((follow.work / "outputs/single/runs").iterdir())
+    log = pd.read_parquet(run / "rewards.parquet")
+    assert f"all {len(log)} rows" in proof and 0 < log.changed.mean() < 0.6
+    changed = log.groupby(log.completion_tokens > log.completion_tokens.median()).changed.mean()
+    assert changed[True] > changed[False]  # longer completions err more often
+    assert "per token 0.05" in plan and "runs: 9" in plan
+    new = subprocess.run([sys.executable, "-c", "from runner.parameters import *; print(run_id(resolve('tiny')))"],
+                         cwd=follow.project, env=os.environ | {"PYTHONPATH": str(follow.project)}, capture_output=True,
+                         text=True)
+    # runs from before the change keep their names
+    assert new.stdout.strip() == parameters.run_id(parameters.resolve("tiny"))
+
+
+@pytest.mark.slow
+def test_a_model(follow):
+    base = follow("recipe-model")[1]
+    shares = re.findall(r"([\d.]+)% right.* ([\d.]+)% of groups mixed", base)
+    assert len(shares) == 2 and 0 < float(shares[0][0]) < 100 and float(shares[0][1]) > 0
+    run = next((follow.work / "outputs/single/runs").iterdir())
+    given = json.loads((run / "params.json").read_text())
+    assert given["model"] == "./mine" and (run / "DONE").exists()
+
+
+@pytest.mark.slow
+def test_a_data_set_and_a_verifier(follow, tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    for split, tens in (("train", range(1, 9)), ("test", [9])):  # the schema of GSM8K, with sums that tiny can read
+        pairs = [(10 * t + unit, b) for t in tens for unit in range(10) for b in range(1, 10)]
+        rows = [{"question": f"{a}+{b}=", "answer": f"It is {a}+{b}=<<{a}+{b}={a + b}>>{a + b}.\n#### {a + b}"}
+                for a, b in pairs]
+        (tmp_path / f"gsm8k/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, attempts = follow("recipe-data", GSM8K=str(tmp_path / "gsm8k"))[-3:-1]
+    assert "#### 72" in attempts
+    run = next((follow.work / "outputs/single/runs").iterdir())
+    assert json.loads((run / "params.json").read_text())["verifier"] == "hash"
+    log = pd.read_parquet(run / "rewards.parquet")
+    assert 0 < log.true_reward.mean() < 1 and log.sample_id.str.startswith("train:").all()
+    for name in ("02_train", "03_eval"):  # the patched notebooks are notebooks
+        nbformat.validate(nbformat.read(follow.project / f"notebooks/{name}.ipynb", as_version=4))

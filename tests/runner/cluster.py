@@ -1,0 +1,209 @@
+# ruff: noqa: F811  (fixtures are imported and then named again)
+"""Lost nodes, two sweeps at once, signals, SLURM: minutes of real runs, `make test-cluster`.
+
+Runs are short, though long enough to be stopped on the way: a base policy of random weights, rewards mostly noise.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import processes
+from test_sweep import STUDY, command, work  # noqa: F401
+from test_sweep import inputs as four_steps  # noqa: F401
+
+from runner import ROOT, provenance, rewardlog, runs
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def inputs(four_steps):
+    """The workspace of test_sweep, with longer runs."""
+    assert "max_steps: 4" in STUDY
+    (four_steps / "two.yaml").write_text(STUDY.replace("max_steps: 4", f"max_steps: {STEPS}"))
+    return four_steps
+
+
+def until(condition, process, seconds=300):
+    """Wait until the condition holds; an AssertionError if the process ends or the time is over before."""
+    end = time.time() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        if time.time() > end:
+            process.kill()
+            raise AssertionError("it takes too long", process.communicate())
+        time.sleep(0.05)
+
+
+def begun(folder, step=2):
+    """Whether a run below `folder` has logged this step."""
+    return list(Path(folder).glob(f"**/rewards/step-{step:06}.parquet"))
+
+
+def adapters(folder):
+    """{run_id: hash of the adapter} of finished runs, each with its contract checked."""
+    found = {}
+    for done in sorted((folder / "runs").glob("*/DONE")):
+        run = done.parent
+        assert done.read_text().strip() == runs.adapter_hash(run)
+        log = rewardlog.read_log(run)
+        assert len(log) == STEPS * 128 and not log.duplicated(["step", "sample_id", "rollout"]).any()
+        found[run.name] = done.read_text()
+    return found
+
+
+# --- one machine ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs, tmp_path_factory):
+    """The adapters of the study, run by two sweeps at once after a first one was stopped by Ctrl-C."""
+    work = shutil.copytree(inputs, tmp_path_factory.mktemp("local") / "work")
+    first = command(work, work / "two.yaml", "--cpus-per-run", "1")
+    until(lambda: begun(work), first)
+    first.send_signal(signal.SIGINT)
+    out, err = first.communicate(timeout=60)
+    assert first.returncode == 130 and "Stopped: 0 of 2 runs are done" in out and "goes on from" in out, out + err
+    assert not processes(work)
+    both = [command(work, work / "two.yaml") for _ in range(2)]
+    ended = [(p.communicate(timeout=300), p.returncode) for p in both]
+    assert [code for _, code in ended] == [0, 0], ended
+    return work, ended, adapters(work / "outputs/two")
+
+
+def test_two_sweeps_at_once_do_every_run_once_and_both_see_the_end(undisturbed):
+    work, ended, found = undisturbed
+    assert len(found) == 2
+    executed = "".join(out for (out, _), _ in ended)
+    assert executed.count("  done  ") - executed.count("by another process") <= 2
+    records = [json.loads(p.read_text()) for p in (work / "outputs/two/runs").glob("*/provenance.json")]
+    assert any(r["resumed_from"] for r in records)  # Ctrl-C lost no more than the steps after the checkpoint
+    assert not processes(work)
+
+
+def test_sigterm_as_slurm_sends_it_stops_like_ctrl_c(work):
+    process = command(work, work / "two.yaml")
+    until(lambda: begun(work), process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "goes on from the last checkpoints" in out and not err, out + err
+    assert not processes(work)
+
+
+def test_a_second_signal_ends_at_once_and_leaves_no_process(work):
+    process = command(work, work / "two.yaml")
+    until(lambda: processes(work) and list((work / "outputs/two/runs").glob("*/.lock")), process)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) in (128 + signal.SIGINT, 128 + signal.SIGTERM, 130)
+    end = time.time() + 20
+    while processes(work) and time.time() < end:
+        time.sleep(0.2)
+    assert not processes(work)
+
+
+# --- clusters ---------------------------------------------------------------------------------------------------
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return s.getsockname()[1]
+
+
+class Nodes:
+    """Ray nodes on this machine, each a process of `ray start --block` with its own environment."""
+
+    def __init__(self, folder):
+        self.folder, self.processes = folder, []
+        self.env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0",
+                    "RAY_agent_register_timeout_ms": "120000"}
+        self.address = f"{self.start('--head', '--port', port := free_port(), cpus=0)}:{port}"
+
+    def start(self, *arguments, cpus, **env):
+        """One more node; returns the address of this machine."""
+        log = self.folder / f"node-{len(self.processes)}.log"
+        ports = [f"--{n}={free_port()}" for n in ("dashboard-agent-grpc-port", "dashboard-agent-listen-port",
+                                                  "metrics-export-port", "runtime-env-agent-port")]
+        for _ in range(3):  # a busy machine may exceed the time that Ray gives its own processes
+            process = subprocess.Popen(
+                [Path(sys.executable).with_name("ray"), "start", "--block", "--num-cpus", str(cpus),
+                 "--object-store-memory", "100000000", *ports, *map(str, arguments)], env=os.environ | self.env | env,
+                stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
+            while process.poll() is None and "--block" not in log.read_text():
+                time.sleep(0.2)
+            if process.poll() is None:
+                self.processes.append(process)
+                return next(line.split()[-1] for line in log.read_text().splitlines() if "Local node IP" in line)
+        raise AssertionError(log.read_text())
+
+    def kill(self, i):
+        """kill -9 of a node: raylet, agents, workers and kernels."""
+        if self.processes[i].poll() is None:
+            top = psutil.Process(self.processes[i].pid)
+            for process in [top, *top.children(recursive=True)]:
+                try:
+                    process.kill()
+                except psutil.NoSuchProcess:
+                    continue
+            self.processes[i].wait()
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own file systems", "shared file system"])
+def test_a_node_is_killed_in_mid_sweep(undisturbed, work, tmp_path, shared):
+    """Every run ends done once, with the weights of an undisturbed sweep, wherever its node kept its files."""
+    nodes = Nodes(tmp_path)
+    places = [work / "outputs", work / "outputs"] if shared else [tmp_path / "node1", tmp_path / "node2"]
+    try:
+        nodes.start("--address", nodes.address, cpus=1, **({} if shared else {"GRPO_NOISE_WORK": str(places[0])}))
+        process = command(work, work / "two.yaml", "--address", nodes.address, **nodes.env)
+        until(lambda: begun(places[0]), process)
+        nodes.kill(1)  # the only one that executes runs: the sweep waits for another
+        nodes.start("--address", nodes.address, cpus=1, **({} if shared else {"GRPO_NOISE_WORK": str(places[1])}))
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, out + err
+    finally:
+        for i in reversed(range(len(nodes.processes))):
+            nodes.kill(i)
+    assert adapters(work / "outputs/two") == undisturbed[2]
+    for run in (work / "outputs/two/runs").glob("*/provenance.json"):
+        record = json.loads(run.read_text())
+        assert record["git_commit"] == provenance.commit()["git_commit"]
+    resumed = [json.loads(p.read_text())["resumed_from"] for p in (work / "outputs/two/runs").glob("*/provenance.json")]
+    assert any(resumed) == shared  # without a common file system, what was on the node is lost
+    assert not list(places[1].glob("*/outputs/two/runs/*/DONE"))  # what was sent does not stay on the node
+
+
+SRUN = """#!/usr/bin/env bash
+# A stand-in: the options of this step, then the command, on this machine.
+while [ "${1#--}" != "$1" ]; do shift; done
+exec "$@"
+"""
+
+
+def test_the_submit_script_with_a_stand_in_for_slurm(work, tmp_path):
+    """Two "nodes" on this machine: both join, the sweep runs on them, nothing is left."""
+    for name, text in (("srun", SRUN), ("scontrol", "#!/usr/bin/env bash\necho n1\necho n2\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "n[1-2]",
+           "SLURM_CPUS_PER_TASK": "1", "SLURM_SUBMIT_DIR": str(ROOT), "GRPO_NOISE_WORK": str(work),
+           "VENV": str(Path(sys.executable).parents[1])}
+    done = subprocess.run(["scripts/slurm.sh", work / "two.yaml"], cwd=ROOT, env=os.environ | env, capture_output=True,
+                          text=True, timeout=900)
+    for log in ROOT.glob(f"slurm-{os.getpid()}-*.log"):
+        log.unlink()
+    assert done.returncode == 0 and "2 of 2 nodes have joined" in done.stdout, done.stdout + done.stderr
+    assert len(adapters(work / "outputs/two")) == 2 and not processes(work)

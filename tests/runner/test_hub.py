@@ -1,0 +1,189 @@
+"""A base policy from the hub: downloaded for real from a hub on loopback, and refused in time if there is none."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import nbformat
+import pytest
+from conftest import papermill
+from loopback_hub import serve
+
+from runner import ROOT, dataset, hub, parameters, policies, runs
+
+NAME = "someone/tiny-qwen"
+LOAD = """
+import sys
+from runner import parameters, policies, runs
+params = parameters.resolve("tiny", model=sys.argv[1], data_dir=sys.argv[2])
+runs.check_inputs(params)
+print(policies.weights_hash(policies.load_policy(params)[0]))
+"""
+CHECK = """
+import sys, time
+from runner import parameters, runs
+params = parameters.resolve("tiny", model=sys.argv[1], data_dir=sys.argv[2])
+began = time.time()
+try:
+    runs.check_inputs(params)
+finally:
+    print("torch" in sys.modules, time.time() - began)
+"""
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A workspace with data, so that only the model can be missing."""
+    folder = tmp_path_factory.mktemp("work")
+    dataset.make_dataset("arithmetic", folder / "data/arithmetic", n_train=60, n_test=15)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A policy with random weights in Hugging Face's format."""
+    return save(tmp_path_factory.mktemp("model"))
+
+
+def save(folder, **how):
+    policies.tiny_model(seed=3).save_pretrained(folder, **how)
+    policies.tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def execute(code, work, cache, endpoint, model=NAME, **environment):
+    """In a process of its own: huggingface_hub reads HF_ENDPOINT when it is imported."""
+    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0",
+                                "HF_TOKEN": "", "NO_PROXY": "127.0.0.1"} | environment
+    return subprocess.run([sys.executable, "-c", code, model, str(work / "data/arithmetic")], env=environment,
+                          cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def weights(folder):
+    return policies.weights_hash(policies.load_policy(parameters.resolve("tiny", model=str(folder)))[0])
+
+
+def refused(done, *parts):
+    """The run stopped within seconds, without torch, with one sentence that has these parts; returns the sentence."""
+    torch, seconds = done.stdout.split()
+    sentence = done.stderr.strip().splitlines()[-1]
+    assert torch == "False" and float(seconds) < 10  # loading alone would retry for a minute and more
+    assert done.returncode == 1 and "During handling" not in done.stderr and "The above exception" not in done.stderr
+    assert sentence.startswith("FileNotFoundError: model=") and all(p in sentence for p in parts), sentence
+    return sentence
+
+
+def test_a_model_is_downloaded_and_then_needs_no_hub(tmp_path, work, saved):
+    requests = []
+    with serve({("model", NAME): saved}, requests) as endpoint:
+        done = execute(LOAD, work, tmp_path, endpoint)
+    assert done.stdout.strip() == weights(saved), done.stderr
+    assert f"GET /{NAME}/resolve/main/model.safetensors" in requests
+    done = execute(LOAD, work, tmp_path, endpoint)  # the hub is gone by now
+    assert done.stdout.strip() == weights(saved) and "Retrying" not in done.stderr, done.stderr
+
+
+def test_a_model_in_shards(tmp_path, work):
+    folder = save(tmp_path / "model", max_shard_size="300KB")
+    shards = {f.name for f in folder.glob("model-*.safetensors")}
+    assert len(shards) > 2
+    with serve({("model", NAME): folder}) as endpoint:
+        done = execute(LOAD, work, tmp_path / "cache", endpoint)
+    assert done.stdout.strip() == weights(folder), done.stderr
+    cached = [f for f in (tmp_path / "cache").rglob("model-*.safetensors")]
+    assert {f.name for f in cached} == shards
+    assert execute(CHECK, work, tmp_path / "cache", endpoint).returncode == 0
+    cached[0].unlink()  # as if the download had been interrupted
+    refused(execute(CHECK, work, tmp_path / "cache", endpoint), "neither here nor can its hub be reached")
+
+
+@pytest.mark.parametrize("token", ["", "hf_another", "hf_right"])
+def test_a_gated_model_needs_the_right_token(tmp_path, work, saved, token):
+    with serve({("model", NAME): saved}, gated={("model", NAME): "hf_right"}) as endpoint:
+        done = execute(CHECK, work, tmp_path, endpoint, HF_TOKEN=token)
+    if token == "hf_right":
+        assert done.returncode == 0 and done.stdout.startswith("False"), done.stderr
+    else:
+        sentence = refused(done, repr(NAME), "is gated: accept its licence", "HF_TOKEN")
+        assert not token or token not in sentence
+
+
+def test_a_model_that_the_hub_does_not_have(tmp_path, work):
+    with serve({}) as endpoint:
+        refused(execute(CHECK, work, tmp_path, endpoint), repr(NAME), "check the spelling", "HF_TOKEN if it is private")
+
+
+def test_a_repository_without_config(tmp_path, work):
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository/README.md").write_text("weights follow")
+    with serve({("model", NAME): tmp_path / "repository"}) as endpoint:
+        refused(execute(CHECK, work, tmp_path / "cache", endpoint), repr(NAME), "has no config.json")
+
+
+@pytest.mark.parametrize("hub", ["off", "silent", "none at all", "forbidden"])
+def test_a_hub_out_of_reach(tmp_path, work, hub):
+    with socket.create_server(("127.0.0.1", 0)) as server:  # it accepts, and never answers
+        endpoint = f"http://user:sesame@127.0.0.1:{server.getsockname()[1]}"
+        if hub == "silent":
+            done = execute(CHECK, work, tmp_path, endpoint, HF_HUB_ETAG_TIMEOUT="1")
+    if hub != "silent":
+        done = execute(CHECK, work, tmp_path, "nonsense" if hub == "none at all" else endpoint,
+                       HF_HUB_OFFLINE=str(int(hub == "forbidden")))
+    way = "HF_HUB_OFFLINE" if hub == "forbidden" else "HF_ENDPOINT"
+    refused(done, repr(NAME), "give a local folder as `model` (-p model FOLDER)", way)
+    assert "sesame" not in done.stderr
+
+
+class Status(BaseHTTPRequestHandler):
+    """Answers every request with the status that its path begins with."""
+
+    def do_GET(self):
+        self.send_response(int(self.path.split("/")[1]))
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+    do_HEAD = do_GET
+
+
+@pytest.mark.parametrize("status,part", [(200, "nor can its hub be reached"), (403, "status 403: check HF_TOKEN"),
+                                         (404, "status 404: check HF_ENDPOINT"), (503, "status 503: try again later")])
+def test_answers_that_are_not_the_models(tmp_path, work, status, part):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Status) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        done = execute(CHECK, work, tmp_path, f"http://127.0.0.1:{server.server_address[1]}/{status}")
+        server.shutdown()
+    refused(done, repr(NAME), part, "give a local folder")
+
+
+def test_a_name_that_is_no_hub_id():
+    for model in ("models/my/policy", "https://user:password@hub.example/someone/tiny-qwen"):
+        with pytest.raises(FileNotFoundError, match="is neither a folder here nor a hub id such as") as refusal:
+            hub.check(model)
+        assert "password" not in str(refusal.value)
+
+
+def test_a_local_folder_needs_no_hub(tmp_path, work, saved):
+    shutil.copytree(saved, tmp_path / "copy")
+    params = parameters.resolve("tiny", model=str(tmp_path / "copy"), data_dir=str(work / "data/arithmetic"))
+    runs.check_inputs(params)
+    (tmp_path / "copy/config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="is not a folder with config.json"):
+        runs.check_inputs(params)
+
+
+def test_the_training_notebook_stops_before_torch(tmp_path, work, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with serve({}) as endpoint:
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        done = papermill(work, "02_train", tmp_path / "out.ipynb", check=False, model="absent/absent")
+    assert done.returncode == 1
+    assert "FileNotFoundError: model='absent/absent' is neither a folder here nor a model on the hub" in done.stderr
+    cells = [c for c in nbformat.read(tmp_path / "out.ipynb", 4).cells if c.cell_type == "code"]
+    torch = next(i for i, c in enumerate(cells) if "import torch" in c.source)
+    assert all(c.execution_count is None for c in cells[torch:])
