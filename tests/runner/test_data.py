@@ -1,4 +1,4 @@
-"""lib/data.py: merge, split, checks, atomic output, the generator, a download from a loopback hub."""
+"""runner.dataset and runner.problems: merge, split, checks, atomic output, generators, a loopback hub."""
 
 import hashlib
 import itertools
@@ -18,26 +18,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loopback_hub import serve
 
+from runner import ROOT
 from runner.dataset import (
+    data_folder,
+    data_hash,
+    load_split,
+    make_dataset,
+    merge_parts,
+    read_manifest,
+    shown,
+)
+from runner.problems import (
     ARITHMETIC_TYPES,
     GENERATED,
     LEVELS,
     OPERATIONS,
-    ROOT,
     arithmetic_row,
-    data_folder,
-    data_hash,
     drop_overlaps,
     duplicates,
     generate,
-    load_split,
-    make_dataset,
-    merge_parts,
     near_overlaps,
     operations_row,
     proportional_shares,
-    read_manifest,
-    shown,
     split_train,
     write_jsonl,
 )

@@ -15,7 +15,9 @@ import psutil
 import pytest
 from conftest import papermill
 
-from runner import ROOT, files, inputs_of, parameters, provenance, rewardlog, runs, take_over
+from runner import ROOT, files, parameters, provenance, rewardlog, runs
+from runner import sweep as sweep_module
+from runner.sweep import inputs_of, take_over
 
 SETTINGS = dict(max_steps=10, save_steps=2, eval_interval=0, label_flip_rate=0.3)
 NOT_COMPARED = ("seconds/", "train_runtime", "train_samples_per_second", "train_steps_per_second", "step_time",
