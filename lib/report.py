@@ -1,0 +1,215 @@
+"""Tables of a study: from graded answers to one row a policy, and from those to one row an arm.
+
+The folder of a study holds `runs.csv` (a row for each planned run), `eval.parquet` (a row for each
+graded answer), `summary.csv` (a row for each evaluated policy) and `results.csv` (a row for each arm).
+Runs of one *arm* differ in their seed only, or in the pair (base_seed, seed).
+"""
+
+from inspect import signature
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from lib import noise, stats
+
+KEYS = ["decoding", "run_id", "sample_id"]
+ABOUT_A_RUN = {"run_id", "arm", "channel", "rate", "reference", "named", "status", "J"}
+REPLICATE = {"seed", "base_seed", "noise_seed", "output_dir", "report_to"}  # vary within an arm
+NOISE = list(signature(noise.channel).parameters)
+OF_AN_ARM = ["channel", "rate", "J", "setting", "reference", "named", "prompt_template"]
+OF_A_DIFFERENCE = ["difference", "difference_low", "difference_high", "p", "p_holm", "mde",
+                   "pairs", "dropped"]
+
+
+class Answers(NamedTuple):
+    """Graded answers, counted: four tables with a row a (decoding, run_id), a column a sample_id.
+
+    Of `n` answers `exact` and `symbolic` are right; on `differ` of them the two graders disagree.
+    n = 0: the run was not asked that question. `difficulty`: sample_id -> "Level 3".
+    """
+
+    n: pd.DataFrame
+    exact: pd.DataFrame
+    symbolic: pd.DataFrame
+    differ: pd.DataFrame
+    difficulty: pd.Series
+
+
+class Study(NamedTuple):
+    """The tables of a study, joined. An arm's name is unique: it contains the arm's setting."""
+
+    runs: pd.DataFrame  # every planned run, with its setting
+    trained: pd.DataFrame  # evaluated runs, with their parameters
+    bases: pd.DataFrame  # evaluated base policies
+    arms: pd.DataFrame  # arm -> parameters of its first run
+    answers: Answers
+    matrices: dict[str, pd.DataFrame]  # arm -> accuracies, see `accuracy_matrix`
+    results: pd.DataFrame  # results.csv
+
+
+# ---- answers
+
+def count_answers(path: Path) -> Answers:
+    """Count the answers in eval.parquet, one row group at a time."""
+    file = pq.ParquetFile(path)
+    counted = [_count_row_group(file, i) for i in range(file.num_row_groups)]
+    counts = pd.concat([counts for counts, _ in counted]).groupby(level=KEYS).sum()
+    tables = [counts[name].unstack("sample_id", fill_value=0) for name in Answers._fields[:4]]
+    difficulty = pd.concat([level for _, level in counted]).groupby(level="sample_id").first()
+    return Answers(*tables, difficulty)
+
+
+def _count_row_group(file: pq.ParquetFile, i: int) -> tuple[pd.DataFrame, pd.Series]:
+    """Counts by KEYS, and the difficulty by sample_id, of the answers in one row group."""
+    answers = file.read_row_group(i, columns=[*KEYS, "level", "exact", "symbolic"])
+    for name in (*KEYS, "level"):
+        place = answers.schema.get_field_index(name)
+        answers = answers.set_column(place, name, answers[name].cast("string"))
+    answers = answers.append_column("differ", pc.not_equal(answers["exact"], answers["symbolic"]))
+    sums = [("exact", "count"), ("exact", "sum"), ("symbolic", "sum"), ("differ", "sum")]
+    counts = answers.group_by(KEYS).aggregate(sums).to_pandas().set_index(KEYS)
+    counts.columns = Answers._fields[:4]
+    levels = answers.group_by(["sample_id", "level"]).aggregate([]).to_pandas()
+    return counts, levels.set_index("sample_id")["level"]
+
+
+def accuracy_matrix(answers: Answers, runs: pd.DataFrame, arm: str, decoding: str = "sampled",
+                    grader: str = "exact") -> pd.DataFrame:
+    """Accuracies of one arm: a row a (base_seed, seed), a column a sample_id, mean over the samples.
+
+    `runs` is any table with run_id, arm, base_seed and seed (summary.csv). Raises ValueError for an
+    unknown arm, grader or decoding, two runs with one seed, or runs that answered other questions.
+    """
+    if grader not in ("exact", "symbolic"):
+        raise ValueError(f"grader={grader!r}: expected 'exact' or 'symbolic'")
+    chosen = runs[runs["arm"] == arm]
+    if chosen.empty:
+        raise ValueError(f"no run in arm {arm!r}; arms present: {sorted(runs['arm'].unique())}")
+    twice = chosen[chosen.duplicated(["base_seed", "seed"], keep=False)]
+    if len(twice):
+        raise ValueError(f"arm {arm!r} has several runs with one (base_seed, seed): "
+                         f"{list(twice['run_id'])}. They differ in another parameter: keep one "
+                         "setting before comparing arms.")
+    rows = pd.MultiIndex.from_product([[decoding], chosen["run_id"]])
+    asked = answers.n.reindex(rows, fill_value=0).droplevel(0)
+    absent = sorted(asked.index[~asked.any(axis=1)])
+    if absent:
+        raise ValueError(f"arm {arm!r}: no {decoding!r} rows in the eval table for {absent}; "
+                         "run 03_eval again")
+    asked = asked.loc[:, asked.any()]
+    if not asked.all(axis=None):
+        questions = (asked > 0).sum(axis=1).to_dict()
+        raise ValueError(f"arm {arm!r}: runs answered different questions, (run: questions) "
+                         f"{questions}; evaluate every run on the same test split")
+    right = getattr(answers, grader).loc[rows, asked.columns].droplevel(0)
+    table = right / asked
+    table.index = pd.MultiIndex.from_frame(chosen[["base_seed", "seed"]])
+    return table.sort_index()
+
+
+# ---- one row a policy
+
+def summarise(answers: Answers, runs: pd.DataFrame) -> pd.DataFrame:
+    """The table summary.csv: a row for each base policy and each run of `runs` that has answers.
+
+    `standard_error` is that of one run's sampled accuracy over questions; `disagreement` is the
+    share of sampled answers on which the graders differ.
+    """
+    n, exact, differ = (t.loc["sampled"] for t in (answers.n, answers.exact, answers.differ))
+    scores = {"n_questions": (n > 0).sum(axis=1), "k": n.max(axis=1)}
+    for decoding in ("sampled", "greedy"):
+        asked = answers.n.loc[decoding].sum(axis=1)
+        for grader in ("exact", "symbolic"):
+            right = getattr(answers, grader).loc[decoding].sum(axis=1)
+            scores[f"{decoding}_{grader}"] = right / asked
+    scores["standard_error"] = (exact / n).sem(axis=1)
+    scores["disagreement"] = differ.sum(axis=1) / n.sum(axis=1)
+
+    bases = pd.DataFrame([{"run_id": f"base-s{b}", "arm": "base", "channel": "base", "rate": 0.0,
+                           "J": np.nan, "seed": -1, "base_seed": b}
+                          for b in runs["base_seed"].unique()])
+    about = runs[["run_id", "arm", "reference", "channel", "rate", "J", "seed", "base_seed"]]
+    policies = pd.concat([bases, about]).set_index("run_id")
+    return policies.join(pd.DataFrame(scores), how="inner").reset_index(names="run_id")
+
+
+# ---- one row an arm
+
+def parameters(runs: pd.DataFrame) -> list[str]:
+    """The parameters in `runs` that neither name the noise nor tell apart the runs of one arm."""
+    apart = ABOUT_A_RUN | REPLICATE | set(NOISE) | {"reward", "setting"}
+    return [name for name in runs if name not in apart]
+
+
+def with_settings(runs: pd.DataFrame) -> pd.DataFrame:
+    """`runs` with a column `setting`: what else varies between arms that the noise alone names."""
+    unnamed = runs[~runs["named"]]
+    varied = [c for c in parameters(runs) if unnamed[c].nunique(dropna=False) > 1]
+    texts = [", ".join(f"{c}={row[c]}" for c in varied) for _, row in runs.iterrows()]
+    return runs.assign(setting=np.where(runs["named"], "", texts))
+
+
+def join_parameters(runs: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
+    """The evaluated runs with their parameters; arm and reference carry the setting in their name.
+
+    J is empty where the reward is not the checker's verdict: a control has no channel on it.
+    """
+    known = [c for c in runs if c not in summary or c == "run_id"]
+    trained = summary[summary["channel"] != "base"]
+    trained = trained.merge(runs[known], on="run_id", how="left", validate="1:1")
+    trained["setting"] = trained["setting"].fillna("not in runs.csv")
+    trained["named"] = trained["named"].eq(True)
+    trained["plain"] = trained["arm"]  # without the setting
+    suffix = (" | " + trained["setting"]).where(trained["setting"] != "", "")
+    trained["arm"] += suffix
+    trained["reference"] += suffix
+    trained.loc[trained["reward"] != "accuracy", "J"] = np.nan
+    return trained
+
+
+def order_arms(trained: pd.DataFrame) -> pd.DataFrame:
+    """One row an arm: named arms as the study lists them, others by setting, channel and rate."""
+    keys = trained.assign(noisy=trained["channel"] != "clean",
+                          place=trained.index.where(trained["named"], -1))
+    keys = keys.drop_duplicates("arm")
+    keys = keys.sort_values(["place", "setting", "noisy", "channel", "rate"])
+    return keys.drop(columns=["place", "noisy"]).set_index("arm")
+
+
+def compare(arms: pd.DataFrame, matrices: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """The table results.csv: accuracies, and paired differences with Holm over all of them."""
+    table = pd.DataFrame([_result(about, matrices) for _, about in arms.iterrows()])
+    table = table.reindex(columns=list(dict.fromkeys([*table, *OF_A_DIFFERENCE])))
+    table["p_holm"] = stats.holm(table["p"])
+    first = [c for c in table if c not in OF_A_DIFFERENCE]
+    return table[[*first, *OF_A_DIFFERENCE]]
+
+
+def _result(about: pd.Series, matrices: dict[str, pd.DataFrame]) -> dict:
+    """One row of `compare`, without a difference where the reference has no run of the same seeds."""
+    arm, reference = about.name, about["reference"]
+    own, other = matrices[arm], matrices.get(reference)
+    found = stats.mean_interval(own)
+    low, high = np.clip([found.low, found.high], 0, 1)
+    row = {"arm": arm, **about[OF_AN_ARM], "seeds": found.parts.seeds, "estimate": found.estimate,
+           "low": low, "high": high}
+    if reference == arm or other is None or other.index.intersection(own.index).empty:
+        return row
+    d = stats.paired_difference(other, own)
+    return row | {"difference": d.estimate, "difference_low": d.low, "difference_high": d.high,
+                  "p": d.p, "mde": d.mde, "pairs": d.parts.seeds, "dropped": d.dropped}
+
+
+def assemble(answers: Answers, runs: pd.DataFrame, summary: pd.DataFrame, grader: str = "exact",
+             decoding: str = "sampled") -> Study:
+    """Join the tables of a study and compute its results."""
+    runs = with_settings(runs)
+    trained = join_parameters(runs, summary)
+    arms = order_arms(trained)
+    matrices = {arm: accuracy_matrix(answers, trained, arm, decoding, grader) for arm in arms.index}
+    bases = summary[summary["channel"] == "base"]
+    return Study(runs, trained, bases, arms, answers, matrices, compare(arms, matrices))
