@@ -6,6 +6,8 @@ import re
 import runpy
 import subprocess
 import tomllib
+from graphlib import TopologicalSorter
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -154,7 +156,7 @@ def test_the_training_notebook_offers_every_parameter():
 
 def test_nothing_names_a_machine_or_a_registry():
     bad = re.compile(r"/(?:home|root|Users|work)/\w|/tmp/\w+/|pypi\.org|pythonhosted\.org")
-    for folder in ("lib", "tests", "params", "docs", "notebooks", "outputs", "requirements"):
+    for folder in ("lib", "runner", "tests", "params", "docs", "notebooks", "outputs", "requirements"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".md", ".yaml", ".ipynb", ".csv", ".txt", ".html") and "runs" not in path.parts:
                 if path.name == "test_project.py":
@@ -166,7 +168,7 @@ def test_nothing_names_a_machine_or_a_registry():
 def test_the_readme_names_what_exists():
     text = (ROOT / "README.md").read_text()
     endings = "ipynb|yaml|py|png|csv|html|txt"
-    for name in re.findall(rf"(?:notebooks|params|outputs|lib|requirements)/[\w./-]+\.(?:{endings})", text):
+    for name in re.findall(rf"(?:notebooks|params|outputs|lib|runner|requirements)/[\w./-]+\.(?:{endings})", text):
         if "out" not in name.split("/")[-1] and "<" not in name:
             assert (ROOT / name).exists(), name
     for target in re.findall(r"^\s*make (\w+)", text, re.M):
@@ -179,18 +181,29 @@ def test_pages_that_the_readme_links_are_on_the_site():
     assert links and set(links) - set(conf["include_patterns"]) - set(conf["SHOWN"]) == set()
 
 
-def test_lib_modules_import_only_to_their_left():
-    order = ["answers", "noise", "files", "rewards", "data", "hub", "engines", "policies", "provenance", "runs",
-             "cluster", "sweep", "study"]
-    side = {"theory": ["noise"], "stats": ["noise", "theory"], "report": ["noise", "theory", "stats"],
-            "plots": ["noise", "theory", "stats"]}
-    for path in (ROOT / "lib").glob("*.py"):
-        text = path.read_text()
-        used = set(re.findall(r"^\s*from lib\.(\w+) import", text, re.M))
-        for names in re.findall(r"^\s*from lib import ([\w, ]+)", text, re.M):
-            used |= {n.strip() for n in names.split(",") if n.strip().islower()}  # ROOT and WORK belong to all
-        allowed = side.get(path.stem) or (order[: order.index(path.stem)] if path.stem in order else [])
-        assert used <= set(allowed), f"{path.name} imports {used - set(allowed)}"
+def imports(path: Path) -> set[str]:
+    """Dotted names of the modules that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "lib").glob("*.py")), ids=lambda p: p.stem)
+def test_lib_knows_nothing_of_what_makes_runs_happen(path):
+    forbidden = {"runner", "ray", "fcntl", "vllm"}
+    assert not {name.split(".")[0] for name in imports(path)} & forbidden
+
+
+@pytest.mark.parametrize("package", ["lib", "runner"])
+def test_modules_import_without_a_circle(package):
+    modules = {path.stem: path for path in (ROOT / package).glob("*.py") if path.stem != "__init__"}
+    below = {name: {other for other in modules if f"{package}.{other}" in imports(path)}
+             for name, path in modules.items()}
+    TopologicalSorter(below).prepare()  # raises CycleError, which names the circle
 
 
 def test_committed_tables_of_studies_are_complete():
