@@ -72,7 +72,7 @@ def noisy_reward(verifier: Verifier, chan: noise.Channel, noise_seed: int, log, 
 
     def observed_reward(completions, completion_ids, answer, trainer_state, log_metric, sample_id=None, **_):
         if sample_id is None:
-            raise ValueError(f"noise at level {chan.level!r} is drawn by problem, and the dataset has no column "
+            raise ValueError(f"noise is drawn by problem, and the dataset has no column "
                              "sample_id: add one that names each problem")
         clock()
         texts = [text_of(c) for c in completions]

@@ -33,8 +33,6 @@ import pyarrow.parquet as pq
 from scipy import optimize, special, stats
 from statsmodels.stats.multitest import multipletests
 
-from lib import theory
-
 BLOCK = 512  # bootstrap resamples at a time
 
 
@@ -400,35 +398,3 @@ def probability_of_improvement(x: np.ndarray, y: np.ndarray, level: float = 0.95
                   min(len(x), len(y)), x.shape[1])
     found = interval(x_wins.mean(), parts, level)
     return found._replace(low=float(np.clip(found.low, 0, 1)), high=float(np.clip(found.high, 0, 1)))
-
-
-# ---- what a reward log shows, beside theory
-
-def signal_table(log: pd.DataFrame, level_of: pd.Series, G: int, channel, std: bool = True) -> pd.DataFrame:
-    """Groups without signal, spurious groups, E[A^2] and advantage gap of one run, measured and predicted.
-
-    `log`: step, sample_id, rollout, true_reward, observed_reward. `level_of`: problem level by sample_id.
-    `channel`: a `noise.Channel`. One row a (level, third, quantity), with "all" for the levels together and for
-    the whole training: groups, revisits (groups of a prompt seen before), q (share of right completions),
-    measured, predicted and se, the standard error of their difference (`theory.beside_measurement`).
-    Raises ValueError if the log does not fall into whole groups of G.
-    """
-    log = log.sort_values(["step", "sample_id", "rollout"])
-    if len(log) % G or not (log["rollout"].to_numpy().reshape(-1, G) % G == np.arange(G)).all():
-        raise ValueError(f"the reward log does not fall into groups of {G} completions: it is not that of this run")
-    t, r = (log[c].to_numpy(float).reshape(-1, G) for c in ("true_reward", "observed_reward"))
-    step, prompt = log["step"].to_numpy()[::G], log["sample_id"].to_numpy(str)[::G]
-    level, third = level_of.loc[prompt].to_numpy(str), 3 * step // (step.max() + 1) + 1
-    again = pd.Series(prompt).duplicated().to_numpy()
-    parts = [("all", "all", np.full(len(t), True))] + [("all", str(i), third == i) for i in (1, 2, 3)]
-    parts += [(name, "all", level == name) for name in np.unique(level)]
-    rows = []
-    for name, when, here in parts:
-        if here.any():
-            found = theory.beside_measurement(
-                t[here], r[here], prompt[here], channel.false_positive_rate, channel.false_negative_rate, std=std,
-                level=channel.level, abstain=channel.abstain_rate)
-            about = {"level": name, "third": when, "groups": here.sum(), "revisits": again[here].sum(),
-                     "q": t[here].mean()}
-            rows += [about | {"quantity": quantity} | c._asdict() for quantity, c in found.items()]
-    return pd.DataFrame(rows)

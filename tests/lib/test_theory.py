@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom
 
 from lib import rewards, theory
+from lib.noise import LEVELS
 
 SEED = int(os.environ.get("THEORY_SEED", secrets.randbelow(2**32)))
 NAMES = ("gap", "energy", "silent", "unanimous_twice", "spurious", "lost", "snr")
 rates = st.floats(0, 1, allow_subnormal=False)
 inner = st.floats(0.01, 0.99)
 sizes = st.integers(2, 40)
-levels = st.sampled_from(theory.LEVELS)
+levels = st.sampled_from(LEVELS)
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def rng(request):
 
 
 def by_theory(q, a, b, G, m, std, level, eps) -> dict:
-    noise = {"level": level, "abstain": m}
+    noise = {"noise_level": level, "abstain": m}
     scale = {"std": std, "eps": eps}
     return {
         "gap": theory.advantage_gap(q, a, b, G, **noise, **scale),
@@ -98,7 +98,7 @@ def by_enumeration(q, a, b, G, m, std, level, eps) -> dict:
     return dict(zip(NAMES, (*values, x1 / math.sqrt(x2 - x1 * x1)), strict=True))
 
 
-@pytest.mark.parametrize("level", theory.LEVELS)
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("std", [True, False])
 @pytest.mark.parametrize("m", [0.0, None])
 def test_exact_enumeration(rng, level, std, m):
@@ -151,12 +151,12 @@ def test_visits_cure_group_noise_but_not_prompt_noise(rng):
     for level, width in (("group", V), ("prompt", 1)):
         A = theory.advantages(np.where(rng.random((prompts, width, 1)) < p, 1 - t, t), eps=0.0)
         x = (A * t).mean(2).mean(1)
-        expected = theory.signal_to_noise(q, p, p, G, level=level, visits=V)
+        expected = theory.signal_to_noise(q, p, p, G, noise_level=level, visits=V)
         # 5 standard errors of a ratio mean/sd, with room for a non-normal sd
         assert x.mean() / x.std() == pytest.approx(expected, abs=5 * math.sqrt((1 + expected**2) / prompts))
-    endless = theory.signal_to_noise(q, p, p, G, level="prompt", visits=np.inf)
+    endless = theory.signal_to_noise(q, p, p, G, noise_level="prompt", visits=np.inf)
     assert endless == pytest.approx((1 - 2 * p) / math.sqrt(1 - (1 - 2 * p) ** 2))
-    assert theory.signal_to_noise(q, p, p, G, level="group", visits=np.inf) == np.inf
+    assert theory.signal_to_noise(q, p, p, G, noise_level="group", visits=np.inf) == np.inf
 
 
 def test_reference_values():
@@ -167,25 +167,25 @@ def test_reference_values():
     assert theory.advantage_gap(q, 0, 0.4, 8) / clean == pytest.approx([0.629, 0.635, 0.479], abs=5e-4)
     G = [4, 8, 16, 32]
     assert theory.signal_to_noise(0.5, 0.4, 0.4, G) == pytest.approx([0.349, 0.537, 0.789, 1.136], abs=6e-4)
-    shared = theory.signal_to_noise(0.5, 0.4, 0.4, G, level="group")
+    shared = theory.signal_to_noise(0.5, 0.4, 0.4, G, noise_level="group")
     assert shared == pytest.approx([0.190, 0.202, 0.204, 0.204], abs=5e-4)
 
 
 @given(q=inner, G=sizes, std=st.booleans(), level=levels)
 def test_coin_flip_rewards_have_no_gap(q, G, std, level):
     for size in (G, np.inf):
-        assert theory.advantage_gap(q, 0.5, 0.5, size, std=std, level=level) == 0
-        assert theory.signal_to_noise(q, 0.5, 0.5, size, std=std, level=level) == 0
-        assert theory.prompt_budget(q, 0.5, 0.5, G, std=std, level=level) == np.inf
+        assert theory.advantage_gap(q, 0.5, 0.5, size, std=std, noise_level=level) == 0
+        assert theory.signal_to_noise(q, 0.5, 0.5, size, std=std, noise_level=level) == 0
+        assert theory.prompt_budget(q, 0.5, 0.5, G, std=std, noise_level=level) == np.inf
 
 
 @given(q=inner, G=sizes, std=st.booleans(), level=levels)
 def test_no_noise(q, G, std, level):
-    assert theory.spurious_groups(q, 0, 0, G, level=level) == 0
-    assert theory.lost_groups(q, 0, 0, G, level=level) == pytest.approx(0, abs=1e-15)
-    assert theory.groups_without_signal(q, 0, 0, G, level=level) == pytest.approx(q**G + (1 - q) ** G)
-    assert theory.prompt_budget(q, 0, 0, G, std=std, level=level) == pytest.approx(1)
-    assert theory.advantage_gap(q, 0, 0, G, std=False, level=level) == pytest.approx((G - 1) / G)
+    assert theory.spurious_groups(q, 0, 0, G, noise_level=level) == 0
+    assert theory.lost_groups(q, 0, 0, G, noise_level=level) == pytest.approx(0, abs=1e-15)
+    assert theory.groups_without_signal(q, 0, 0, G, noise_level=level) == pytest.approx(q**G + (1 - q) ** G)
+    assert theory.prompt_budget(q, 0, 0, G, std=std, noise_level=level) == pytest.approx(1)
+    assert theory.advantage_gap(q, 0, 0, G, std=False, noise_level=level) == pytest.approx((G - 1) / G)
 
 
 @given(q=inner, a=rates, b=rates, m=st.floats(0, 0.9))
@@ -208,8 +208,8 @@ def test_limit_in_group_size_of_shared_noise():
     for a, b in ((0.2, 0.2), (0.0, 0.4), (0.5, 0.1)):
         J = 1 - a - b
         limit = J / math.sqrt(1 - abs(a - b) - J**2)
-        assert theory.signal_to_noise(0.3, a, b, np.inf, level="group") == pytest.approx(limit)
-        assert theory.signal_to_noise(0.3, a, b, 3000, level="group") == pytest.approx(limit, rel=2e-3)
+        assert theory.signal_to_noise(0.3, a, b, np.inf, noise_level="group") == pytest.approx(limit)
+        assert theory.signal_to_noise(0.3, a, b, 3000, noise_level="group") == pytest.approx(limit, rel=2e-3)
     assert theory.signal_to_noise(0.3, 0.2, 0.2, np.inf) == np.inf
 
 
@@ -227,7 +227,7 @@ def test_edges_of_q_are_limits():
 
 @given(q=rates, a=rates, b=rates, m=rates, G=sizes, std=st.booleans(), level=levels)
 def test_laws(q, a, b, m, G, std, level):
-    noise = {"level": level, "abstain": m}
+    noise = {"noise_level": level, "abstain": m}
     J = theory.youden(a, b)
     gap = theory.advantage_gap(q, a, b, G, std=std, **noise)
     if abs(J) > 1e-9 and m < 0.999:
@@ -248,9 +248,9 @@ def test_laws(q, a, b, m, G, std, level):
 
 @given(q=rates, p=rates, G=sizes, std=st.booleans(), level=levels)
 def test_flips_mirror_and_masks_never_reverse(q, p, G, std, level):
-    gap = theory.advantage_gap(q, p, p, G, std=std, level=level)
-    assert gap == pytest.approx(-theory.advantage_gap(q, 1 - p, 1 - p, G, std=std, level=level), abs=1e-9)
-    assert theory.advantage_gap(q, 0, p, G, std=std, level=level) >= 0
+    gap = theory.advantage_gap(q, p, p, G, std=std, noise_level=level)
+    assert gap == pytest.approx(-theory.advantage_gap(q, 1 - p, 1 - p, G, std=std, noise_level=level), abs=1e-9)
+    assert theory.advantage_gap(q, 0, p, G, std=std, noise_level=level) >= 0
     assert theory.groups_without_signal(q, p, p, G) <= theory.groups_without_signal(q, 0, 0, G) + 1e-12
 
 
@@ -343,81 +343,12 @@ def test_sgrpo_weight():
     (lambda: theory.groups_without_signal(0.5, 0, 0, 8, abstain=2), "abstain is a probability"),
     (lambda: theory.lost_groups(0.5, 0, 0, 1), "G is the group size.*at least 2"),
     (lambda: theory.spurious_groups(0.5, 0, 0, 4.5), "G is the group size.*whole numbers"),
-    (lambda: theory.signal_to_noise(0.5, 0, 0, 8, level="token"), "level is 'token': choose one of"),
+    (lambda: theory.signal_to_noise(0.5, 0, 0, 8, noise_level="token"), "level is 'token': choose one of"),
     (lambda: theory.signal_to_noise(0.5, 0, 0, 8, visits=0), "visits .* at least 1"),
     (lambda: theory.prompt_budget(0.5, 0, 1.1, 8), "b is a probability"),
-    (lambda: theory.given_true(9, 8, 0.1, 0.1), "k counts the right completions of a group of 8"),
-    (lambda: theory.given_true(1.5, 8, 0.1, 0.1), "whole numbers from 0 to 8"),
-    (lambda: theory.given_true(1, 8, 0.1, 1.1), "b is a probability"),
     (lambda: rewards.backward_correction(1, 0.3, 0.7), "J = 1 - a - b.*choose"),
     (lambda: rewards.sgrpo_weight(0.5, 0.5), "choose p below 0.5"),
 ])
 def test_bad_arguments_are_named(call, says):
     with pytest.raises(ValueError, match=says):
         call()
-
-
-@pytest.mark.parametrize("level", theory.LEVELS)
-def test_given_the_right_completions_averages_to_the_formulas(rng, level):
-    """Averaged over k ~ Bin(G, q), every quantity given k is the formula that knows q only."""
-    for std, m, G in itertools.product((True, False), (0.0, 0.37, 1.0), (2, 5, 8, 13)):
-        q, a, b = rng.uniform(0.05, 0.95, size=3)
-        eps = rng.choice([0.0, theory.EPSILON, 0.1])
-        weight = binom.pmf(np.arange(G + 1), G, q)
-        found = theory.given_true(np.arange(G + 1), G, a, b, std=std, level=level, abstain=m, eps=eps)
-        expected = by_theory(q, a, b, G, m, std, level, eps)
-        for name in ("silent", "spurious", "lost", "energy"):
-            assert weight @ getattr(found, name) == pytest.approx(expected[name], abs=1e-10), name
-        gap = weight @ found.right / (G * q * (1 - q))
-        assert gap == pytest.approx(expected["gap"], abs=1e-9), (q, a, b, G, m, std, level, eps)
-
-
-def test_given_the_right_completions_in_the_limits():
-    k = np.arange(9)
-    clean = theory.given_true(k, 8, 0, 0)
-    assert clean.silent.tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 1]
-    assert not clean.spurious.any() and not clean.lost.any()
-    by_hand = [theory.advantages(np.arange(8) < n, eps=0.0) for n in k]
-    assert clean.energy == pytest.approx([(A**2).mean() for A in by_hand])
-    assert clean.right == pytest.approx([A[:n].sum() for n, A in zip(k, by_hand, strict=True)])
-    coin = theory.given_true([[0, 4], [6, 8]], 8, 0.5, 0.5)
-    assert coin.right == pytest.approx(np.zeros((2, 2)), abs=1e-12)
-    assert coin.silent == pytest.approx(np.full((2, 2), 2 / 2**8))
-    flipped = theory.given_true(k, 8, 1, 1, level="group")
-    assert flipped.right == pytest.approx(-clean.right) and flipped.energy == pytest.approx(clean.energy)
-    assert theory.given_true(3, 8, 0.2, 0.2, abstain=1).silent == pytest.approx(1)
-
-
-@pytest.mark.parametrize("level", theory.LEVELS)
-def test_beside_measurement_is_unbiased_and_its_standard_error_right(rng, level):
-    """400 logs of prompts that differ in q: z scores have mean 0 and variance 1 (five standard errors)."""
-    a, b, m = rng.uniform(0.05, 0.4, size=3)
-    G, prompts, visits, z = 6, 40, 3, []
-    q = rng.beta(0.7, 0.7, size=(prompts, 1, 1))
-    prompt = np.repeat(np.arange(prompts), visits)
-    width = {"rollout": (prompts, visits, G), "group": (prompts, visits, 1), "prompt": (prompts, 1, 1)}[level]
-    for _ in range(400):
-        t = (rng.random((prompts, visits, G)) < q).astype(float)
-        u, withheld = rng.random(width), np.broadcast_to(rng.random(width) < m, t.shape)
-        r = np.where(withheld, np.nan, np.where(t == 1, u >= b, u < a))
-        found = theory.beside_measurement(t.reshape(-1, G), r.reshape(-1, G), prompt, a, b, level=level, abstain=m)
-        z.append([(c.measured - c.predicted) / c.se if c.se else 0.0 for c in found.values()])
-    z = np.array(z)
-    assert np.abs(z.mean(0)).max() < 5 / math.sqrt(400)
-    spread = z.std(0)[z.std(0) > 0]  # shared noise makes no spurious group: nothing to be uncertain about
-    assert len(spread) == (4 if level == "rollout" else 3)
-    assert np.abs(spread - 1).max() < 5 * 1.5 / math.sqrt(800), spread
-
-
-def test_beside_measurement_measures_what_it_says(rng):
-    t = np.array([[1, 1, 1, 1], [0, 0, 0, 1], [1, 1, 0, 0]])
-    r = np.array([[1, 1, 0, 1], [0, 0, 0, 0], [1, 1, 0, 0]])
-    found = theory.beside_measurement(t, r, ["x", "y", "z"], 0.1, 0.2, eps=0.0)
-    A = theory.advantages(r, eps=0.0)
-    assert found["silent"].measured == pytest.approx(1 / 3) and found["spurious"].measured == pytest.approx(1 / 3)
-    assert found["energy"].measured == pytest.approx((A**2).mean())
-    assert found["gap"].measured == pytest.approx(A[t == 1].mean() - A[t == 0].mean())
-    expected = theory.given_true([4, 1, 2], 4, 0.1, 0.2)
-    assert found["energy"].predicted == pytest.approx(expected.energy.mean())
-    assert found["gap"].predicted == pytest.approx(expected.right.sum() * (1 / 7 + 1 / 5))
-    assert math.isnan(theory.beside_measurement(t[:1], r[:1], ["x"], 0.1, 0.2)["gap"].measured)
