@@ -115,11 +115,11 @@ def describe(parameters: Mapping[str, Any]) -> tuple[str, str, float]:
 
     parameters: those of a run, by name. If several are set, the rate is that of the last.
     """
+    reward, level = parameters["reward"], parameters["noise_level"]
     noise = _rates_in_words(parameters)
-    control = [CONTROLS[parameters["reward"]]] if parameters["reward"] in CONTROLS else []
+    control = [CONTROLS[reward]] if reward in CONTROLS else []
     if not noise and not control:
         return "clean", "clean", 0.0
-    level = parameters["noise_level"]
     shared = "" if level == "rollout" else f" ({level})"
     arm = " + ".join([*control, *(f"{called} {rate:g}" for called, rate in noise)])
     kind = " + ".join([*control, *(called for called, _ in noise)])

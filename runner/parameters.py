@@ -4,26 +4,29 @@ import difflib
 import math
 import re
 from functools import cache, lru_cache
-from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
-from lib.noise import Channel, channel
+from lib import noise
 from lib.rewards import estimator
 from runner import OUTPUTS, ROOT, WORK, dataset, engines
 from runner.files import digest
 from runner.provenance import assignments
 
-NOISE = set(signature(channel).parameters)  # the parameters that name a channel
 PROFILES = ROOT / "params/profiles"
 NOT_HASHED = {"output_dir", "report_to", "gradient_checkpointing"}  # these do not change what a run computes
-ADDED_LATER: set[str] = set()  # not hashed at their defaults, so that earlier runs keep their names
+# not hashed at their defaults, so that earlier runs keep their names
+ADDED_LATER = {name for name, named in noise.NAMED.items() if named.added_later}
+
+# A field for each rate that names a channel, so a channel that is new in lib.noise is a parameter of runs.
+NoiseParams = create_model("NoiseParams", noise_level=(Literal[noise.LEVELS], "rollout"),
+                           **{name: (float, Field(0.0, ge=0, le=1)) for name in noise.NAMED})
 
 
-class Params(BaseModel):
+class Params(NoiseParams):
     """Everything that decides a run. The notebook 02_train says what each parameter does."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,14 +41,8 @@ class Params(BaseModel):
     engine: Literal["transformers", "vllm", "unsloth"] = "transformers"
     max_prompt_length: int = Field(512, gt=0)
     max_completion_length: int = Field(512, gt=0)
-    # the noise
+    # the noise, beside the rates of NoiseParams
     reward: Literal["accuracy", "format", "majority"] = "accuracy"
-    label_flip_rate: float = Field(0.0, ge=0, le=1)
-    mask_rate: float = Field(0.0, ge=0, le=1)
-    false_positive_rate: float = Field(0.0, ge=0, le=1)
-    false_negative_rate: float = Field(0.0, ge=0, le=1)
-    abstain_rate: float = Field(0.0, ge=0, le=1)
-    noise_level: Literal["rollout", "group", "prompt"] = "rollout"
     mitigation: Literal["none", "backward", "forward", "sgrpo"] = "none"
     assumed_false_positive_rate: float | None = Field(None, ge=0, le=1)
     assumed_false_negative_rate: float | None = Field(None, ge=0, le=1)
@@ -116,9 +113,9 @@ class Params(BaseModel):
         return self
 
     @property
-    def channel(self) -> Channel:
+    def channel(self) -> noise.Channel:
         """The noise channel of the run."""
-        return channel(**{name: getattr(self, name) for name in NOISE})
+        return noise.channel(**{name: getattr(self, name) for name in noise.PARAMETERS})
 
     @property
     def assumed_rates(self) -> tuple[float, float]:
@@ -265,25 +262,6 @@ def given_parameters(names: dict[str, Any], known=()) -> dict[str, Any]:
     return {n: names[n] for n in given}
 
 
-def describe(params: Params | dict) -> tuple[str, str, float]:
-    """(arm, channel, rate) as tables and figures name them, such as ("flip 0.2", "flip", 0.2)."""
-    p = params if isinstance(params, dict) else vars(params)
-    named = [("flip", p["label_flip_rate"]), ("mask", p["mask_rate"]), ("abstain", p["abstain_rate"])]
-    a, b = p["false_positive_rate"], p["false_negative_rate"]
-    if a and b:
-        named.append((f"asymmetric (b={b:g})", a))
-    else:
-        named += [("false positives", a), ("false negatives", b)]
-    used = [(name, rate) for name, rate in named if rate]
-    if p["reward"] != "accuracy":
-        used = [({"format": "format only", "majority": "majority vote"}[p["reward"]], 0.0), *used]
-    if not used:
-        return "clean", "clean", 0.0
-    level = "" if p["noise_level"] == "rollout" else f" ({p['noise_level']})"
-    arm = " + ".join(f"{n} {rate:g}" if rate else n for n, rate in used)
-    return arm + (level if used[-1][1] else ""), " + ".join(n for n, _ in used) + level, used[-1][1]
-
-
 @cache
 def run_id(params: Params) -> str:
     """Readable settings and 8 hex digits of the hash of all parameters, such as flip-0.2-s1-1c2f9a03."""
@@ -292,7 +270,7 @@ def run_id(params: Params) -> str:
 
 def _name(p: dict[str, Any]) -> str:
     """`run_id` of parameters as params.json holds them."""
-    arm = re.sub(r"[^0-9a-z.]+", "-", describe(p)[0].lower()).strip("-")
+    arm = re.sub(r"[^0-9a-z.]+", "-", noise.describe(p)[0].lower()).strip("-")
     base = f"-b{p['base_seed']}" if p["base_seed"] else ""
     same = {name for name in ADDED_LATER if name in p and p[name] == Params.model_fields[name].default}
     return f"{arm}{base}-s{p['seed']}-{digest({name: p[name] for name in p.keys() - NOT_HASHED - same})}"

@@ -9,10 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from lib.noise import replay
+from lib.audit import replay_run
 from lib.rewards import estimator
 from runner import BUILT_HERE, WORK, dataset, hub
 from runner.files import SUMS, read, read_json, seal, sha256, unsealed, write_atomically
@@ -226,18 +225,15 @@ def adapter_hash(folder: Path) -> str | None:
 def prove(folder: Path) -> "tuple[int, pd.DataFrame]":
     """Draw a run's noise again from its params.json: (rows in rewards.parquet, those that do not fit).
 
-    A row fits if the channel turns its verdict into its observed reward, and the mitigation that into what was
-    returned to the trainer. ValueError if params.json is not that of the folder, or the log is not that of a run.
+    What fits is what `replay_run` accepts. ValueError if params.json is not that of the folder, or the log is not
+    that of a run.
     """
     params = Params(**json.loads((folder / "params.json").read_text()))
     if run_id(params) != folder.name:
         raise ValueError(f"{folder.name} holds the params.json of {run_id(params)}: each log has its own parameters")
     log = read_log(folder)
-    wrong = replay(log, params.channel, params.noise_seed)
     correct = estimator(params.mitigation, *params.assumed_rates)
-    returned = [correct(s.observed_reward.to_numpy(float), s.sample_id) for _, s in log.groupby("step", sort=False)]
-    other = ~np.isclose(np.concatenate(returned), log.returned, rtol=1e-5, atol=1e-6, equal_nan=True)
-    return len(log), log[other | log.index.isin(wrong.index)]
+    return len(log), replay_run(log, params.channel, params.noise_seed, correct)
 
 
 def code_note(code: "pd.Series") -> str:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lib import noise
 from runner import ROOT
 from runner.parameters import (
     PROFILES,
@@ -14,7 +15,6 @@ from runner.parameters import (
     _check_below,
     _defaults,
     _with_defaults,
-    describe,
     load_yaml,
     nearest,
     run_id,
@@ -53,7 +53,7 @@ class Study(BaseModel):
 
     def arm_and_reference(self, params: Params) -> tuple[str, str]:
         """What tables call the arm of a run, and the arm that it is compared with."""
-        return (self.names and self.names.get(run_id(params))) or (describe(params)[0], "clean")
+        return (self.names and self.names.get(run_id(params))) or (noise.describe(vars(params))[0], "clean")
 
 
 def load_study(name: str, profile: str) -> tuple[Study, list[Params]]:

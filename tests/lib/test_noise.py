@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from lib.noise import LEVELS, Channel, channel, observe, replay, uniforms
+from lib.noise import LEVELS, NAMED, PARAMETERS, Channel, channel, describe, observe, replay, uniforms
 
 levels = st.sampled_from(LEVELS)
 rates = st.floats(0, 1)
@@ -56,7 +56,7 @@ def test_rewards_changed_at_a_low_rate_are_changed_at_every_higher_one(table, se
 @given(rows, seeds, levels, rates, rates)
 def test_withheld_rewards_nest_too(table, seed, level, p, q):
     step, ids, rollout, t = columns(table)
-    few, many = (np.isnan(observe(Channel(level=level, abstain_rate=x), t, seed, step, ids, rollout))
+    few, many = (np.isnan(observe(Channel(noise_level=level, abstain_rate=x), t, seed, step, ids, rollout))
                  for x in sorted((p, q)))
     assert not (few & ~many).any()
 
@@ -169,14 +169,14 @@ def test_neighbouring_seeds_are_uncorrelated():
     channel(label_flip_rate=0.3, noise_level="prompt")], ids=str)
 @pytest.mark.parametrize("seed", [0, 1, 2**63])
 def test_realised_rates_are_binomial(chan, seed):
-    log = log_of(chan, seed, **({"steps": 1, "prompts": 4000, "rollouts": 2} if chan.level == "prompt" else {}))
+    log = log_of(chan, seed, **({"steps": 1, "prompts": 4000, "rollouts": 2} if chan.noise_level == "prompt" else {}))
     shared = {"rollout": ["rollout", "step", "sample_id"], "group": ["step", "sample_id"], "prompt": ["sample_id"]}
     for t, rate in ((0, chan.false_positive_rate), (1, chan.false_negative_rate)):
         kept = log[(log.true_reward == t) & log.observed_reward.notna()]
-        first = kept.drop_duplicates(shared[chan.level])  # one row a draw
+        first = kept.drop_duplicates(shared[chan.noise_level])  # one row a draw
         sigma = np.sqrt(rate * (1 - rate) / len(first))
         assert abs((first.observed_reward != t).mean() - rate) <= 5 * sigma
-    draws = log.drop_duplicates(shared[chan.level])
+    draws = log.drop_duplicates(shared[chan.noise_level])
     sigma = np.sqrt(chan.abstain_rate * (1 - chan.abstain_rate) / len(draws))
     assert abs(draws.observed_reward.isna().mean() - chan.abstain_rate) <= 5 * sigma
 
@@ -230,7 +230,7 @@ def test_the_rates_that_a_name_stands_for(named, a, b, J):
 
 @pytest.mark.parametrize("named, message", [
     ({"label_flip_rate": 0.1, "mask_rate": 0.1}, "label_flip_rate and mask_rate are both set"),
-    ({"mask_rate": 0.1, "false_positive_rate": 0.1}, "mask_rate and false_positive_rate/false_negative_rate are both"),
+    ({"mask_rate": 0.1, "false_positive_rate": 0.1}, "mask_rate and false_positive_rate are both"),
     ({"label_flip_rate": 0.1, "false_negative_rate": 0.1}, "give the combined channel as false_positive_rate and"),
     ({"label_flip_rate": 1.5}, "label_flip_rate=1.5 is not a probability"), ({"mask_rate": -0.1}, "mask_rate=-0.1"),
     ({"false_positive_rate": 2}, "false_positive_rate=2 is not"), ({"abstain_rate": -1}, "abstain_rate=-1 is not"),
@@ -240,6 +240,40 @@ def test_the_rates_that_a_name_stands_for(named, a, b, J):
 def test_a_channel_that_makes_no_sense_is_refused(named, message):
     with pytest.raises(ValueError, match=message):
         channel(**named)
+
+
+def test_a_parameter_that_names_no_channel_is_refused():
+    with pytest.raises(ValueError, match="'flip_rate' names no channel: choose from label_flip_rate, mask_rate"):
+        channel(flip_rate=0.1)
+
+
+@pytest.mark.parametrize("parameters, arm, kind, rate", [
+    ({}, "clean", "clean", 0), ({"noise_level": "group"}, "clean", "clean", 0),
+    ({"label_flip_rate": 0.2}, "flip 0.2", "flip", 0.2), ({"mask_rate": 0.25}, "mask 0.25", "mask", 0.25),
+    ({"false_positive_rate": 0.1}, "false positives 0.1", "false positives", 0.1),
+    ({"false_negative_rate": 0.4, "noise_level": "prompt"}, "false negatives 0.4 (prompt)", "false negatives (prompt)",
+     0.4),
+    ({"false_positive_rate": 0.1, "false_negative_rate": 0.45}, "asymmetric (b=0.45) 0.1", "asymmetric (b=0.45)", 0.1),
+    ({"label_flip_rate": 0.2, "abstain_rate": 0.5, "noise_level": "group"}, "flip 0.2 + abstain 0.5 (group)",
+     "flip + abstain (group)", 0.5),
+    ({"reward": "format"}, "format only", "format only", 0),
+    ({"reward": "format", "noise_level": "group"}, "format only", "format only (group)", 0),
+    ({"reward": "majority", "mask_rate": 0.3, "noise_level": "group"}, "majority vote + mask 0.3 (group)",
+     "majority vote + mask (group)", 0.3)])
+def test_the_name_of_an_arm(parameters, arm, kind, rate):
+    """Folders of published runs are named after their arms, so these names are fixed."""
+    whole = dict.fromkeys(NAMED, 0.0) | {"noise_level": "rollout", "reward": "accuracy"}
+    assert describe(whole | parameters) == (arm, kind, rate)
+
+
+def test_every_named_channel_can_be_made_and_has_a_name_of_its_own():
+    assert PARAMETERS == (*NAMED, "noise_level")
+    arms = set()
+    for name in NAMED:
+        arm, _, rate = describe({"reward": "accuracy", "noise_level": "rollout", name: 0.25})
+        assert rate == 0.25 and channel(**{name: 0.25}) != Channel()
+        arms.add(arm)
+    assert len(arms) == len(NAMED)
 
 
 @pytest.mark.parametrize("t, message", [([0, 1, 0.5], "0.5 in row 2"), ([np.nan, 1, 1], "nan in row 0"),
@@ -288,10 +322,10 @@ def test_replay_finds_the_one_tampered_row(name, row, what):
 def test_replay_refutes_a_wrong_seed_level_or_rate(name):
     chan, log = NOISY[name], log_of(NOISY[name], 3)
     a, b = chan.false_positive_rate, chan.false_negative_rate
-    wrong = [(chan, 4), (Channel(a, b + 0.05, chan.level, chan.abstain_rate), 3),
-             (Channel(a + 0.05, b, chan.level, chan.abstain_rate), 3), (Channel(), 3),
-             (Channel(a, b, chan.level, chan.abstain_rate + 0.1), 3),
-             *((Channel(a, b, level, chan.abstain_rate), 3) for level in LEVELS if level != chan.level)]
+    wrong = [(chan, 4), (Channel(a, b + 0.05, chan.noise_level, chan.abstain_rate), 3),
+             (Channel(a + 0.05, b, chan.noise_level, chan.abstain_rate), 3), (Channel(), 3),
+             (Channel(a, b, chan.noise_level, chan.abstain_rate + 0.1), 3),
+             *((Channel(a, b, level, chan.abstain_rate), 3) for level in LEVELS if level != chan.noise_level)]
     for other, seed in wrong:
         assert len(replay(log, other, seed)) > len(log) / 200
 

@@ -87,15 +87,49 @@ def test_a_withheld_reward_is_none_for_trl_and_missing_in_the_log(tmp_path):
 
 
 def test_a_dataset_without_the_problems_names_is_refused(tmp_path):
-    f = rewards.noisy_reward(VERIFIER, channel(0.1, noise_level="prompt"), 0, RewardLog(tmp_path / "rewards"))
+    f = rewards.noisy_reward(VERIFIER, channel(noise_level="prompt"), 0, RewardLog(tmp_path / "rewards"))
     given = one("7") | {"log_metric": lambda *_: None}
     del given["sample_id"]
-    with pytest.raises(ValueError, match="level 'prompt' is drawn by problem, .* no column sample_id: add one"):
+    with pytest.raises(ValueError, match="noise is drawn by problem, .* no column sample_id: add one"):
         f(**given)
 
 
+@pytest.mark.parametrize("ids", [[17, 17, 90], np.array([17, 17, 90])], ids=["list", "array"])
+def test_problems_named_by_numbers_have_the_noise_of_their_names_as_text(tmp_path, ids):
+    """Data sets number their problems; the log and its replay know texts only."""
+    chan, metrics = channel(label_flip_rate=0.5, noise_level="prompt"), []
+    given = {"completions": [r"\boxed{7}"] * 3, "completion_ids": [[1]] * 3, "answer": ["7"] * 3,
+             "trainer_state": SimpleNamespace(global_step=0), "log_metric": lambda *of: metrics.append(of)}
+    seen = {}
+    for name, names in (("numbers", ids), ("texts", [str(i) for i in ids])):
+        f = rewards.noisy_reward(VERIFIER, chan, 3, RewardLog(tmp_path / name / "rewards"))
+        seen[name] = f(**given, sample_id=names)
+    assert seen["numbers"] == seen["texts"] and seen["numbers"][0] == seen["numbers"][1]
+    log = rewardlog.read_log(tmp_path / "numbers")
+    assert log.sample_id.tolist() == [str(i) for i in ids] and log.rollout.tolist() == [0, 1, 0]
+    assert noise.replay(log, chan, 3).empty
+
+
+@pytest.mark.parametrize("mitigation", ["none", "sgrpo"])
+def test_an_empty_batch_has_no_rewards_and_writes_nothing(tmp_path, mitigation):
+    nothing = {name: [] for name in ("completions", "completion_ids", "answer", "sample_id")}
+    for source in ("accuracy", "format", "majority"):
+        f = rewards.noisy_reward(VERIFIER, channel(abstain_rate=0.5), 0, RewardLog(tmp_path / "rewards"), source,
+                                 rewards.estimator(mitigation))
+        assert f(**nothing, trainer_state=SimpleNamespace(global_step=0), log_metric=pytest.fail) == []
+    assert list((tmp_path / "rewards").iterdir()) == []
+
+
+@pytest.mark.parametrize("completion", [[], [{"role": "assistant"}], [{"role": "assistant", "content": None}], ""])
+def test_a_chat_without_text_is_graded_as_no_answer(tmp_path, completion):
+    f = rewards.noisy_reward(VERIFIER, channel(), 0, RewardLog(tmp_path / "rewards"))
+    assert f(**one(completion), log_metric=lambda *_: None) == [0.0]
+    log = rewardlog.read_log(tmp_path)
+    assert log.grader.tolist() == ["unparsed"] and not log.format_ok.any()
+
+
 def test_an_unknown_reward_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="reward='length' is unknown: choose accuracy, format or majority"):
+    with pytest.raises(ValueError, match="reward='length' is unknown: choose accuracy, format, majority"):
         rewards.noisy_reward(VERIFIER, channel(), 0, RewardLog(tmp_path), "length")
 
 

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special, stats
 
-from lib import noise
 from lib.stats import (
     Parts,
     accuracy_matrix,
@@ -30,7 +29,6 @@ from lib.stats import (
     probability_of_improvement,
     resample_counts,
     resampled_shares,
-    signal_table,
     variance_parts,
     write_answers,
 )
@@ -443,45 +441,3 @@ def test_errors_name_the_cause(tables):
         paired_difference(as_table(np.eye(2), [0, 1]), as_table(np.eye(2), [5, 6]))
     with pytest.raises(ValueError, match=r"finite \(seeds, questions\) array"):
         mean_interval(np.array([[np.nan, 1.0]]))
-
-
-# ---- the reward log beside theory
-
-def reward_log(chan, seed=0, steps=30, prompts=8, G=8):
-    """A reward log of prompts that differ in difficulty, with the channel's own draws, and their levels."""
-    rng = np.random.default_rng(seed)
-    ids = np.array([f"p{i}" for i in range(steps * prompts)])
-    q = rng.beta(0.7, 0.7, len(ids))
-    log = pd.DataFrame({"step": np.repeat(np.arange(steps), prompts * G), "sample_id": np.repeat(ids, G),
-                        "rollout": np.tile(np.arange(G), len(ids))})
-    log["true_reward"] = (rng.random(len(log)) < np.repeat(q, G)).astype(int)
-    log["observed_reward"] = noise.observe(chan, log["true_reward"], seed, log["step"], log["sample_id"].tolist(),
-                                           log["rollout"])
-    return log, pd.Series(np.where(q > 0.5, "Level 1", "Level 2"), index=ids)
-
-
-def test_signal_table_agrees_with_the_channel_and_finds_a_wrong_one():
-    chan = noise.Channel(0.3, 0.3)
-    log, level_of = reward_log(chan)
-    table = signal_table(log.sample(frac=1, random_state=0), level_of, 8, chan)  # any order of rows
-    z = (table["measured"] - table["predicted"]) / table["se"]
-    assert len(table) == 4 * (1 + 3 + 2) and (z.abs() < 4.5).all()
-    whole = table[(table["level"] == "all") & (table["third"] == "all")].set_index("quantity")
-    assert (whole["groups"] == 240).all() and (whole["q"] == log["true_reward"].mean()).all()
-    by_level = table[table["level"] != "all"].groupby("quantity")["groups"].sum()
-    assert (by_level == 240).all() and (whole["revisits"] == 0).all()
-    wrong = signal_table(log, level_of, 8, noise.Channel(0.1, 0.1)).iloc[:4]
-    assert ((wrong["measured"] - wrong["predicted"]).abs() > 4 * wrong["se"]).all()
-
-
-def test_signal_table_of_a_clean_run_is_exact():
-    log, level_of = reward_log(noise.Channel())
-    table = signal_table(log, level_of, 8, noise.Channel(), std=False)
-    np.testing.assert_allclose(table["measured"], table["predicted"], atol=1e-12)
-    assert (table["se"] < 1e-9).all()
-
-
-def test_signal_table_refuses_a_log_of_other_groups():
-    log, level_of = reward_log(noise.Channel())
-    with pytest.raises(ValueError, match="does not fall into groups of 16"):
-        signal_table(log, level_of, 16, noise.Channel())

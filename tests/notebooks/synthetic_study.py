@@ -6,11 +6,10 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-from lib.noise import channel, observe
-from lib.stats import signal_table
-from runner.runs import describe
+from lib.audit import signal_table
+from lib.noise import NAMED as RATES
+from lib.noise import channel, describe, observe
 
-RATES = ("label_flip_rate", "mask_rate", "false_positive_rate", "false_negative_rate", "abstain_rate")
 TINY = [{}, *({"label_flip_rate": p} for p in (0.1, 0.2, 0.3, 0.4, 0.5)), *({"mask_rate": m} for m in (0.3, 0.6, 0.9))]
 
 

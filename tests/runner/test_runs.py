@@ -9,6 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lib import noise
 from runner import ROOT, files, parameters, provenance, runs, studies
 
 OTHER = {"profile": "smol", "model": "smol", "data_dir": "math", "prompt_template": "chat", "engine": "vllm",
@@ -146,12 +147,16 @@ def test_none_means_as_the_profile_says_and_noise_follows_the_seed():
     assert parameters.resolve("tiny", seed=7, noise_seed=3).noise_seed == 3
 
 
-def test_the_name_of_an_arm_has_every_rate():
-    assert parameters.describe(parameters.resolve("tiny", label_flip_rate=0.2))[0] == "flip 0.2"
-    both = parameters.resolve("tiny", label_flip_rate=0.2, abstain_rate=0.5, noise_level="group")
-    assert parameters.describe(both)[0] == "flip 0.2 + abstain 0.5 (group)"
-    assert parameters.describe(parameters.resolve("tiny", reward="format", noise_level="group"))[0] == "format only"
-    assert parameters.describe(parameters.resolve("tiny"))[0] == "clean"
+def test_a_run_is_named_after_its_arm():
+    name = parameters.run_id(parameters.resolve("tiny", label_flip_rate=0.2, abstain_rate=0.5, noise_level="group"))
+    assert name.startswith("flip-0.2-abstain-0.5-group-s0-")
+
+
+def test_every_named_channel_is_a_parameter_with_a_range():
+    for name in noise.NAMED:
+        assert getattr(parameters.resolve("tiny"), name) == 0
+        with pytest.raises(ValueError, match=rf"{name}=1.5: .*allowed: >= 0 and <= 1"):
+            parameters.resolve("tiny", **{name: 1.5})
 
 
 @given(p=st.floats(0, 1), m=st.floats(0, 1))
