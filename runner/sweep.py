@@ -54,10 +54,9 @@ def check(grid: list[parameters.Params], address: str | None, gpus_per_run: floa
         here = not address and any(p.model != "tiny" for p in grid) and engines.gpu_query("name")
         gpus_per_run = float(bool(here) or any(p.engine != "transformers" for p in grid))
     for engine in sorted({p.engine for p in grid}):
+        engines.check_share(engine, gpus_per_run)
         if not address:  # the nodes of a cluster are not this machine: there the run itself looks
-            engines.check(engine, min(1.0, gpus_per_run))
-        if engine != "transformers" and not gpus_per_run:
-            raise ValueError(f"engine={engine!r} needs a part of a GPU: give --gpus-per-run, such as 0.25")
+            engines.check_engine(engine, gpus_per_run)
     for p in {inputs_of(p): p for p in grid}.values() if inputs else ():
         runs.check_inputs(p)
     return gpus_per_run

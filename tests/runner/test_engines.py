@@ -1,14 +1,14 @@
-"""Engines: what a machine cannot do is said at once; shares and turns of runs on one GPU; advice after an OOM."""
+"""Engines: what a machine cannot do is said at once; one engine a GPU, a port a run; advice after an OOM."""
 
 import os
 import subprocess
 import sys
-import time
 
 import nbformat
 import pytest
 from peft import get_peft_model
 from trl import GRPOConfig
+from trl.trainer.utils import ensure_master_addr_port
 
 from runner import ROOT, cluster, engines, parameters, policies, sweep
 
@@ -39,38 +39,34 @@ def machine(tmp_path, monkeypatch):
 def test_a_missing_package_is_named_with_the_way_to_get_it(machine, packages, engine, missing):
     machine(packages)
     with pytest.raises(ValueError, match=f"needs the package {missing}, .*make setup GPU=1.*engine='transformers'"):
-        engines.check(engine)
+        engines.check_engine(engine)
 
 
 @pytest.mark.parametrize("says, words", [
     (None, "needs a CUDA GPU, and nvidia-smi shows none"), ("7.5, 15000, 15360", "lacks .*compute capability 7.5"),
-    ("9.0, 20000, 81559", "only 19.5 GiB are free: stop what else runs there, or lower --gpus-per-run")])
+    ("9.0, 20000, 81559", "only 19.5 GiB are free: stop what else runs there")])
 def test_a_machine_that_cannot_is_told_why(machine, says, words):
     machine(says=says)
     with pytest.raises(ValueError, match=words):
-        engines.check("vllm")
+        engines.check_engine("vllm")
 
 
 def test_a_machine_that_can_is_left_alone(machine, monkeypatch):
     machine()
-    engines.check("vllm")
-    monkeypatch.setenv("GRPO_NOISE_GPU_SHARE", "0.25")
+    engines.check_engine("vllm")
     machine_says = engines.gpu_query("compute_cap,memory.free,memory.total")
     assert machine_says == [["9.0", "80000", "81559"]]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert engines.gpu_query("name") == []
 
 
-def test_a_quarter_of_a_gpu_needs_a_quarter_of_its_memory(machine):
-    machine(says="9.0, 20000, 81559")
-    engines.check("vllm", 0.25)
-
-
-def test_shares_of_memory_add_up(monkeypatch):
-    for runs_on_it in (1, 2, 4, 8):
-        monkeypatch.setenv("GRPO_NOISE_GPU_SHARE", str(1 / runs_on_it))
-        assert engines.share() == 1 / runs_on_it
-        assert runs_on_it * engines.memory_utilization() == pytest.approx(engines.ROLLOUT_MEMORY, abs=1e-3)
+def test_a_part_of_a_gpu_is_for_transformers_only(machine, monkeypatch):
+    machine()
+    engines.check_engine("transformers", 0.25)
+    monkeypatch.setenv("GRPO_NOISE_GPU_SHARE", "0.25")
+    for engine in ("vllm", "unsloth"):
+        with pytest.raises(ValueError, match="needs a GPU to itself, not --gpus-per-run 0.25: give 1, or choose"):
+            engines.check_engine(engine)
 
 
 @pytest.mark.parametrize("rank, served", [(1, 8), (8, 8), (9, 16), (64, 64), (512, 512)])
@@ -123,32 +119,30 @@ def test_the_engine_gets_what_it_needs_and_never_more_than_its_part(machine, mon
     assert engines.rollout_bytes(model, params) == needed
     given = engines.grpo_options(params, model)["vllm_gpu_memory_utilization"]
     assert given == pytest.approx(needed / (81559 * 2**20), abs=1e-4)
-    monkeypatch.setenv("GRPO_NOISE_GPU_SHARE", "0.05")
-    assert engines.grpo_options(params, model)["vllm_gpu_memory_utilization"] == 0.05 * engines.ROLLOUT_MEMORY
+    machine_of_8_gib = 8192
+    monkeypatch.setattr(engines, "gpu_query", lambda fields: [[str(machine_of_8_gib)]])
+    assert engines.grpo_options(params, model)["vllm_gpu_memory_utilization"] == engines.ROLLOUT_MEMORY
 
 
-HOLD = "from runner import engines; turn = engines.take_turn('vllm'); print('mine', flush=True); input()"
+def test_colocated_runs_that_start_together_take_different_ports(monkeypatch):
+    """TRL keeps the port that it is given; left alone it tries four fixed ones first."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    ports = []
+    for _ in range(2):
+        monkeypatch.delenv("MASTER_PORT", raising=False)
+        engines.prepare_environment("vllm")
+        ensure_master_addr_port()
+        ports.append(int(os.environ["MASTER_PORT"]))
+    assert len(set(ports)) == 2 and not set(ports) & {29500, 23456, 12355, 12345}
 
 
-def test_one_engine_starts_at_a_time_and_a_killed_one_gives_its_turn_back(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"test{os.getpid()}")
-    holder = subprocess.Popen([sys.executable, "-c", HOLD], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert holder.stdout.readline() == b"mine\n"
-    began = time.monotonic()
-    engines.take_turn("vllm", patience=1).close()  # it goes on without
-    assert time.monotonic() - began >= 1
-    engines.take_turn("transformers").close()  # needs no turn
-    waiter = subprocess.Popen([sys.executable, "-c", HOLD], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    time.sleep(2)
-    holder.kill()
-    assert waiter.stdout.readline() == b"mine\n"
-    waiter.communicate(b"\n")
-
-
-def test_an_engine_needs_a_part_of_a_gpu(machine, tmp_path):
+@pytest.mark.parametrize("part", [0, 0.25])
+@pytest.mark.parametrize("address", [None, "auto"])
+def test_a_sweep_gives_an_engine_a_gpu_to_itself(machine, part, address):
     machine()
-    with pytest.raises(ValueError, match="engine='vllm' needs a part of a GPU: give --gpus-per-run"):
-        sweep.run_grid([parameters.resolve("smol", model="smol", data_dir="arithmetic", engine="vllm")], gpus_per_run=0)
+    grid = [parameters.resolve("smol", model="smol", data_dir="arithmetic", engine="vllm")]
+    with pytest.raises(ValueError, match=f"needs a GPU to itself, not --gpus-per-run {part}: give 1"):
+        sweep.run_grid(grid, address=address, gpus_per_run=part)
 
 
 def test_more_than_there_is_is_refused_and_not_waited_for(workspace):

@@ -164,7 +164,7 @@ def test_answers_that_are_not_the_models(tmp_path, work, status, part):
 def test_a_name_that_is_no_hub_id():
     for model in ("models/my/policy", "https://user:password@hub.example/someone/tiny-qwen"):
         with pytest.raises(FileNotFoundError, match="is neither a folder here nor a hub id such as") as refusal:
-            hub.check(model)
+            hub.check_hub(model)
         assert "password" not in str(refusal.value)
 
 

@@ -16,7 +16,7 @@ questions, k = int(sys.argv[3]), int(sys.argv[4])
 from runner import dataset, engines, parameters, policies  # noqa: E402
 
 params = parameters.resolve("smol", model=sys.argv[5])
-engines.prepare("vllm")
+engines.prepare_environment("vllm")
 model, tokenizer = policies.load_policy(params, "transformers")
 stop = model.generation_config.eos_token_id
 del model

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from runner import policies
+from runner import model_files
 
 folder = Path(sys.argv[1])
 config = Qwen2Config(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
@@ -22,7 +22,8 @@ torch.set_default_dtype(torch.bfloat16)
 with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
     model = Qwen2ForCausalLM(config)
 model.save_pretrained(folder)
-AutoTokenizer.from_pretrained(policies.smol_folder()).save_pretrained(folder)
+smol = model_files.gguf_folder(model_files.as_gguf("smol"))
+AutoTokenizer.from_pretrained(smol).save_pretrained(folder)
 file = folder / "tokenizer.json"
 tokenizer = json.loads(file.read_text())
 vocabulary = tokenizer["model"]["vocab"]
