@@ -7,15 +7,20 @@ from pathlib import Path
 
 from runner import dataset
 
-LOCAL_FOLDER = "give a local folder as `model` (-p model FOLDER)"
-UNREACHABLE = ("is neither here nor can its hub be reached: " + LOCAL_FOLDER
-               + ", or set HF_ENDPOINT to a hub that this machine reaches")
+# Why a hub does not deliver a model, to follow its name. {local}: the way without a hub.
+NO_ID = "is neither a folder here nor a hub id such as Qwen/Qwen2.5-Math-1.5B"
+UNREACHABLE = ("is neither here nor can its hub be reached: {local}, or set HF_ENDPOINT to a hub "
+               "that this machine reaches")
 UNKNOWN = ("is neither a folder here nor a model on the hub: check the spelling, and set HF_TOKEN "
            "if it is private")
 GATED = ("is gated: accept its licence on its page of the hub, and set HF_TOKEN to a token of that "
          "account")
+INCOMPLETE = "has no {file} in its repository on the hub: check the spelling, or {local}"
 OFFLINE = ("is not in the local cache, and HF_HUB_OFFLINE forbids to ask the hub: unset it, or "
-           + LOCAL_FOLDER)
+           "{local}")
+REFUSED = "is not here, and its hub refuses it with HTTP status {status}: {remedy}, or {local}"
+PASSWORD = ("is not asked for, since HF_ENDPOINT holds a password, which would be written to logs: "
+            "set HF_TOKEN instead, or {local}")
 STATUS_REMEDIES = {401: "check HF_TOKEN", 403: "check HF_TOKEN", 404: "check HF_ENDPOINT"}
 
 
@@ -33,10 +38,26 @@ def check_hub(model: str, file: str = "config.json"):
     Nothing is downloaded: the hub is asked once for the head of `file`. What the local cache holds
     needs no hub.
     """
-    refuse_password(model)
+    refuse_password(model, file)
     why = _why_not(model, file)
     if why and not _is_cached(model, file):
-        raise FileNotFoundError(f"model={_without_login(model)!r} {why}")
+        raise _not_found(model, file, why)
+
+
+def refuse_password(model: str, file: str = "config.json"):
+    """FileNotFoundError if asking the hub would write a password to logs."""
+    offline = os.environ.get("HF_HUB_OFFLINE") not in (None, "", "0")
+    if dataset.endpoint_has_password() and not offline:
+        raise _not_found(model, file, PASSWORD)
+
+
+def _not_found(model: str, file: str, why: str) -> FileNotFoundError:
+    """The error for one of the reasons above."""
+    name = model.rpartition("@")[2]  # an address may begin with a password
+    local = "give a local folder as `model` (-p model FOLDER)"
+    if file != "config.json":
+        local = f"put {Path(file).name} into the folder models"
+    return FileNotFoundError(f"model={name!r} {why.format(file=file, local=local)}")
 
 
 def download(model: str, file: str) -> Path:
@@ -52,20 +73,6 @@ def download(model: str, file: str) -> Path:
                       "give the file as `model` (-p model FILE.gguf)") from None
 
 
-def _without_login(model: str) -> str:
-    """The name without what stands before an @: an address may begin with a password."""
-    return model.rpartition("@")[2]
-
-
-def refuse_password(model: str):
-    """FileNotFoundError if asking the hub would write a password to logs."""
-    offline = os.environ.get("HF_HUB_OFFLINE") not in (None, "", "0")
-    if dataset.endpoint_has_password() and not offline:
-        raise FileNotFoundError(
-            f"model={_without_login(model)!r} is not asked for, since HF_ENDPOINT holds a "
-            f"password, which would be written to logs: set HF_TOKEN instead, or {LOCAL_FOLDER}")
-
-
 def _why_not(model: str, file: str) -> str | None:
     """Why the hub does not deliver this file now, to follow the model's name; None if it does."""
     import httpx  # here, since most runs need no hub
@@ -75,21 +82,19 @@ def _why_not(model: str, file: str) -> str | None:
     try:
         metadata = get_hf_file_metadata(hf_hub_url(model, file), timeout=seconds)
     except errors.HFValidationError:
-        return "is neither a folder here nor a hub id such as Qwen/Qwen2.5-Math-1.5B"
+        return NO_ID
     except errors.GatedRepoError:
         return GATED
     except errors.RepositoryNotFoundError:
         return UNKNOWN
     except errors.EntryNotFoundError:
-        return (f"has no {file} in its repository on the hub: give a transformers model, or a GGUF "
-                "file")
+        return INCOMPLETE
     except errors.OfflineModeIsEnabled:
         return OFFLINE
     except errors.HfHubHTTPError as e:
         status = e.response.status_code
         remedy = STATUS_REMEDIES.get(status, "try again later")
-        return (f"is not here, and its hub refuses it with HTTP status {status}: {remedy}, "
-                f"or {LOCAL_FOLDER}")
+        return REFUSED.replace("{status}", str(status)).replace("{remedy}", remedy)
     except (httpx.HTTPError, httpx.InvalidURL, OSError):
         return UNREACHABLE
     # Only a hub says of which commit a file is: the page of a proxy does not.

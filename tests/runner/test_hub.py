@@ -60,7 +60,7 @@ def execute(code, work, cache, endpoint, model=NAME, **environment):
     environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0",
                                 "HF_TOKEN": "", "NO_PROXY": "127.0.0.1"} | environment
     return subprocess.run([sys.executable, "-c", code, model, str(work / "data/arithmetic")], env=environment,
-                          cwd=ROOT, capture_output=True, text=True, timeout=120)
+                          cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 def weights(folder):
