@@ -34,16 +34,8 @@ fuzz: setup
 
 # A study in pieces, on machines that do not last: its evaluated runs without their weights, in one file that git can
 # hold, and back again. What was trained elsewhere then counts as done: make unpack, then the same make study.
-FOLDER ?= outputs/$(STUDY)$(if $(filter-out tiny,$(PROFILE)),-$(PROFILE))
-pack:
-	@ls $(FOLDER)/runs/*/eval-*.parquet > /dev/null 2>&1 || \
-	  { echo "$(FOLDER) has no evaluated run to pack: first make study STUDY=$(STUDY) PROFILE=$(PROFILE)"; exit 2; }
-	@cd $(FOLDER) && tar -cJf runs.tar.xz --exclude=checkpoints --exclude='*.safetensors' --exclude='.*' \
-	  $$(dirname runs/*/eval-*.parquet | sort -u) && du -h runs.tar.xz
-
-unpack:
-	@test -f $(FOLDER)/runs.tar.xz || { echo "there is no $(FOLDER)/runs.tar.xz to unpack"; exit 2; }
-	@cd $(FOLDER) && tar -xJf runs.tar.xz --skip-old-files && ls -d runs/*/ | wc -l
+pack unpack: setup
+	@$(BIN)/python -m runner $(STUDY) --profile $(PROFILE) --$@
 
 # Known vulnerabilities of the locked packages. --strict: a package of which the service says nothing is not passed over.
 # OSV=http://mirror/v1/query asks a mirror of osv.dev instead of PyPI.
@@ -151,6 +143,6 @@ lock:
 
 clean:
 	rm -rf $(VENV) .venv-vllm .venv-audit .venv-site *.egg-info build .pytest_cache .ruff_cache .hypothesis models \
-	  outputs/*/runs
+	  outputs/runs outputs/*/runs
 	find data -mindepth 1 -maxdepth 1 -type d -exec rm -rf {} +
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -40,7 +40,7 @@ SHOWN["notebooks/helpers"] = HELPERS[0]
 TREES = {"Studies": STUDIES, "Why": HELPERS, "Step by step": STEPS, "Appendix": APPENDIX, "Reference": DOCS,
          "More executed notebooks": sorted(OTHERS, key=lambda p: p.rsplit("/", 1)[1])}
 include_patterns = ["README.md", *sum(TREES.values(), [])]
-exclude_patterns = [".*", "build", "models", "data/*/**", "outputs/*/runs/**"]
+exclude_patterns = [".*", "build", "models", "data/*/**", "outputs/runs/**", "outputs/*/runs/**"]
 
 # --- notebooks ---------------------------------------------------------------------------------------------------
 WIDGET = "application/vnd.jupyter.widget-view+json"

@@ -14,7 +14,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from runner import BUILT_HERE, ROOT, WORK, dataset, files, parameters, runs, studies, sweep
+from runner import BUILT_HERE, ROOT, dataset, files, pack, parameters, runs, studies, sweep
 
 
 def execute(notebook: str, folder: Path, console: Console, name: str | None = None, **parameters):
@@ -107,6 +107,8 @@ def main(argv=None) -> int:
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--dry-run", action="store_true", help="print the cells and what is done")
     part.add_argument("--runs-only", action="store_true", help="execute the runs: no evaluation, no analysis")
+    part.add_argument("--pack", action="store_true", help="evaluated runs without weights into one file (make pack)")
+    part.add_argument("--unpack", action="store_true", help="back into the store (make unpack)")
     part.add_argument("--report", action="store_true", help="execute no run: evaluate and analyse what is finished")
     sweep.add_options(parser)
     args = parser.parse_args(argv)
@@ -127,7 +129,10 @@ def main(argv=None) -> int:
 def do(args: argparse.Namespace, console: Console) -> int:
     """Do the part of a study that was asked for."""
     study, grid = studies.load_study(args.study, args.profile)
-    sweep.announce(study, grid, console)
+    folder = studies.folder_of(args.study, args.profile)
+    if args.pack or args.unpack:
+        return pack_or_unpack(args, folder, grid, console)
+    sweep.announce(args.study, study, grid, console)
     if args.dry_run:
         sweep.plan(study, grid, console)
         try:
@@ -137,7 +142,6 @@ def do(args: argparse.Namespace, console: Console) -> int:
         return 0
     if args.runs_only:
         return sweep.report(sweep.run_grid(grid, console=console, **sweep.options(args)), grid)
-    folder = WORK / grid[0].output_dir
     failed = {}
     if args.report:
         if not any(runs.status(p.folder) == "done" for p in grid):
@@ -152,13 +156,27 @@ def do(args: argparse.Namespace, console: Console) -> int:
     return sweep.report(failed, grid)
 
 
+def pack_or_unpack(args: argparse.Namespace, folder: Path, grid: list[parameters.Params], console: Console) -> int:
+    """Write the archive of a study, or put what it holds into the store."""
+    if args.pack:
+        archive = pack.pack(folder, grid)
+        console.print(f"{dataset.shown(archive)}: {archive.stat().st_size / 2**20:.1f} MB")
+        return 0
+    for name in pack.unpack(folder, grid):
+        console.print(f"{name} is {runs.status(grid[0].folder.with_name(name))} here and was left alone: delete its "
+                      "folder and unpack again")
+    done = sum(runs.status(p.folder) == "done" for p in grid)
+    console.print(f"{done} of {len(grid)} runs of {args.study} are done in {dataset.shown(grid[0].folder.parent)}")
+    return 0
+
+
 def evaluate_and_analyse(args: argparse.Namespace, study: studies.Study, grid: list[parameters.Params],
                          console: Console):
     """Execute 03_eval and 04_analysis unless what they read is what they read last time."""
-    folder = WORK / grid[0].output_dir
+    folder = studies.folder_of(args.study, args.profile)
     for notebook, stamp, reads in (("03_eval", ".evaluated", ("03_eval",)),
                                    ("04_analysis", ".analysed", ("03_eval", "04_analysis"))):
-        seen, now = folder / "runs" / stamp, state(study, grid, *reads)
+        seen, now = folder / stamp, state(study, grid, *reads)
         if seen.exists() and seen.read_text() == now:
             console.print(f"{notebook} is up to date: nothing to do.")
             continue

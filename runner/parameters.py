@@ -32,7 +32,7 @@ class Params(NoiseParams):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     profile: str
-    output_dir: str = "outputs/single"
+    output_dir: str = "outputs"
     # the policy and the data
     model: str
     base_seed: int = Field(0, ge=0)
@@ -125,8 +125,14 @@ class Params(NoiseParams):
 
     @property
     def folder(self) -> Path:
-        """The folder of the run."""
+        """The folder of the run, in the one store that all studies share (unless output_dir names another)."""
         return WORK / self.output_dir / "runs" / run_id(self)
+
+    @property
+    def base_folder(self) -> Path:
+        """Where evaluations of the base policy of the run are kept, in the same store."""
+        model = re.sub(r"[^\w.+-]+", "-", self.model).strip("-")
+        return WORK / self.output_dir / "runs" / f"base-{model}-s{self.base_seed}"
 
 
 @lru_cache  # the cells of a study share their folders

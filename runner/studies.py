@@ -2,12 +2,13 @@
 
 import itertools
 from collections import Counter
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from lib import noise
-from runner import ROOT
+from runner import OUTPUTS, ROOT
 from runner.parameters import (
     PROFILES,
     Params,
@@ -22,6 +23,13 @@ from runner.parameters import (
 )
 
 STUDIES = ROOT / "params/studies"
+
+
+def folder_of(name: str, profile: str) -> Path:
+    """Where the tables, figures and rendered notebooks of a study are. Its runs are in the store, outputs/runs."""
+    file = Path(name)
+    study = file.stem if file.suffix in (".yaml", ".yml") else str(name)
+    return OUTPUTS / study_folder_name(study, profile)
 
 
 class Study(BaseModel):
@@ -63,7 +71,6 @@ def load_study(name: str, profile: str) -> tuple[Study, list[Params]]:
         load_yaml(PROFILES, other, "profile")  # a mistyped profile would be ignored in silence
     values |= values.pop("profiles", {}).get(profile, {})
     study = _check(Study, values, path.name)
-    output_dir = f"outputs/{study_folder_name(path.stem, profile)}"
     bases = itertools.cycle(study.base_seeds)
     replicates = (list(itertools.product(study.base_seeds, study.seeds)) if study.cross_base_seeds else
                   [(next(bases), seed) for seed in study.seeds])
@@ -82,7 +89,7 @@ def load_study(name: str, profile: str) -> tuple[Study, list[Params]]:
             raise ValueError(f"{path.name}, arm {i + 1}: {empty[0]} is an empty list, so the arm has no run")
         for (base_seed, seed), *values in itertools.product(replicates, *lists.values()):
             try:
-                given = dict(zip(lists, values, strict=True), seed=seed, base_seed=base_seed, output_dir=output_dir)
+                given = dict(zip(lists, values, strict=True), seed=seed, base_seed=base_seed)
                 runs.append(_with_defaults(defaults, profile, given))
                 if templates[0]:
                     names[run_id(runs[-1])] = tuple(t.format(**runs[-1].model_dump()) for t in templates)

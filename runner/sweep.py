@@ -8,7 +8,6 @@ import argparse
 import fcntl
 import json
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -25,8 +24,6 @@ from rich.live import Live
 from rich.table import Table
 
 from runner import (
-    BUILT_HERE,
-    OUTPUTS,
     ROOT,
     WORK,
     cluster,
@@ -106,15 +103,6 @@ def stale(folder: Path, identity: dict[str, str]) -> str | None:
     return next((what for what in identity if identity[what] != trained_from[what]), None)
 
 
-def reuse(folder: Path, other: Path):
-    """Take over the same finished run from another study, by hard links."""
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(other, part, copy_function=os.link, ignore=shutil.ignore_patterns(".lock"))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
-
-
 # --- two sweeps at once -----------------------------------------------------------------------------------------
 
 
@@ -154,16 +142,12 @@ def run_grid(grid: list[parameters.Params], address: str | None = None, cpus_per
         changed = stale(study_runs / name, identity[inputs_of(cells[name])])
         if changed:
             raise ValueError(f"{name} was trained from another {changed} than the one that is there now: "
-                             f"restore it, or delete {grid[0].output_dir}/runs to run the study again")
+                             f"restore it, or delete {dataset.shown(study_runs / name)} to run it again")
     for name in [n for n, s in board.items() if s == "damaged"]:
         console.print(f"{name} was done, but {runs.damage(study_runs / name)}: it is started again.")
     (study_runs / CLAIMS).parent.mkdir(parents=True, exist_ok=True)
     with open(study_runs / CLAIMS, "a") as file:
-        todo = [name for name, s in board.items() if s != "done"]
-        taken = take_over(todo, cells, identity, study_runs, file)
-        if taken:
-            console.print(f"Finished in another study, and taken over from there: {len(taken)}.")
-        board |= dict.fromkeys(todo, "waiting") | dict.fromkeys(taken, "done")
+        board |= {name: "waiting" for name, s in board.items() if s != "done"}
         if set(board.values()) == {"done"}:
             console.print(f"All {len(grid)} runs are done: nothing to do.")
             return {}
@@ -171,24 +155,6 @@ def run_grid(grid: list[parameters.Params], address: str | None = None, cpus_per
         with connected(address) as ray, stop_signals() as stop:  # Ray takes SIGTERM for itself when it starts
             sweep.work(ray, stop, address, {"CPU": cpus_per_run, "GPU": gpus_per_run})
         return sweep.failed
-
-
-def take_over(todo: list[str], cells: dict[str, parameters.Params], identity: dict, study_runs: Path, file) -> set[str]:
-    """Those of the runs that another study has finished and that are now in this one as well.
-
-    Only for policies that were built here, whose hash is known without loading them, and only with their weights.
-    """
-    names, taken = {name for name in todo if cells[name].model in BUILT_HERE}, set()
-    for other in OUTPUTS.glob("*/runs/") if names else ():
-        for name in (names - taken).intersection(os.listdir(other)) if other != study_runs else ():
-            done, folder = other / name, study_runs / name
-            whole = runs.status(done) == "done" and runs.adapter_hash(done)  # this study may ask other questions
-            if whole and not stale(done, identity[inputs_of(cells[name])]) and claim(file, name):
-                if runs.status(folder) not in ("running", "done") and not runs.stranger(folder):
-                    reuse(folder, done)
-                    taken.add(name)
-                release(file, name)
-    return taken
 
 
 @contextmanager
@@ -422,9 +388,10 @@ def options(args: argparse.Namespace) -> dict:
     return {name: getattr(args, name) for name in ("address", "cpus_per_run", "gpus_per_run", "max_retries")}
 
 
-def announce(study: studies.Study, grid: list[parameters.Params], console: Console):
+def announce(name: str, study: studies.Study, grid: list[parameters.Params], console: Console):
     """Say what is going to run, where, and with whose hyperparameters."""
-    console.print(f"{study.title}. Runs: {len(grid)}, profile: {grid[0].profile}, folder: {grid[0].output_dir}")
+    folder = dataset.shown(studies.folder_of(name, grid[0].profile))
+    console.print(f"{study.title}. Runs: {len(grid)}, profile: {grid[0].profile}, folder: {folder}")
     if grid[0].model != "tiny" and not engines.gpu_query("name"):
         console.print("nvidia-smi shows no GPU here: on a CPU, a run of this model can take hours.")
     chosen = parameters.selected(grid[0].profile) if study.use_selected else {}
@@ -450,9 +417,10 @@ examples:
   sbatch scripts/slurm.sh flip --profile smol           in a SLURM allocation
 
 what a run leaves:
-  <workspace>/outputs/<study>/runs/<run_id>/, with DONE when it is whole. The command can be repeated at any time, and
-  twice at once: finished runs are skipped, interrupted ones go on from their last checkpoint, and a run that another
-  process executes is left to it and waited for. A failed run is tried again by the next sweep.
+  <workspace>/outputs/runs/<run_id>/, with DONE when it is whole. The same cell in two studies is one run. The command
+  can be repeated at any time, and twice at once: finished runs are skipped, interrupted ones go on from their last
+  checkpoint, and a run that another process executes is left to it and waited for. A failed run is tried again by the
+  next sweep.
 
 clusters:
   Nodes need the same Python and packages, not the project: they get lib, notebooks and params from Ray. A node that

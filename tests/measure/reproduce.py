@@ -88,7 +88,7 @@ def main() -> int:
         if done.returncode:
             print(f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}\nsee {work}")
             return 2
-        folders.append(work / "outputs" / parameters.study_folder_name(study.stem, args.profile))
+        folders.append(work / "outputs" / studies.folder_of(str(study), args.profile).name)
     different = compare(*folders)
     print(f"{', '.join(different)} differ: see {root}" if different else "The two studies are identical.")
     if not different:

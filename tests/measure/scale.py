@@ -57,9 +57,8 @@ def write_workspace(runs: int, seeds: int, questions: int, k: int, steps: int):
         name = f"eval-{contract.digest([*settings, *done])}.parquet"
         graded(asked, difficulty + skill, k, np.random.default_rng(seed)).to_parquet(run / name, index=False)
 
-    base = WORK / grid[0].output_dir / "runs/base-s0"
-    base.mkdir(parents=True)
-    keep(base, -0.8, 0)
+    grid[0].base_folder.mkdir(parents=True)
+    keep(grid[0].base_folder, -0.8, 0)
     for i, p in enumerate(grid):
         (p.folder / "adapter").mkdir(parents=True)
         (p.folder / "adapter/adapter_model.safetensors").write_text(str(i))

@@ -45,7 +45,7 @@ def study(parent: Path, count: int, steps: int) -> Path:
 def look(driver: psutil.Process, work: Path, began: float) -> dict[str, float]:
     """One row: MB of the driver and of all its processes, how many there are, what they hold open, what is done."""
     below = processes(work)
-    row = {"seconds": time.monotonic() - began, "done": len(list((work / "outputs/soak/runs").glob("*/DONE"))),
+    row = {"seconds": time.monotonic() - began, "done": len(list((work / "outputs/runs").glob("*/DONE"))),
            "driver MB": driver.memory_info().rss / 2**20, "driver files": driver.num_fds(),
            "driver threads": driver.num_threads(), "processes": len(below), "all MB": 0.0, "ports": 0}
     for process in below:
@@ -83,7 +83,7 @@ def main() -> int:
         time.sleep(1)
     sweep.wait()
     time.sleep(3)  # a kernel looks once a second whether its parent lives
-    if not list((work / "outputs/soak/runs").glob("*/DONE")):
+    if not list((work / "outputs/runs").glob("*/DONE")):
         print(f"no run was finished: see {work / 'log'}\n{(work / 'log').read_text()[-2000:]}")
         return 1
     table = pd.DataFrame(rows)
@@ -92,7 +92,7 @@ def main() -> int:
     print(every.round(0).astype(int).to_string(index=False))
     first = table[table["done"] >= 2].head(1)["driver MB"].mean()
     grown = every["driver MB"].iloc[-1] - first
-    folders = [f for f in (work / "outputs/soak/runs").iterdir() if not f.name.startswith(".")]
+    folders = [f for f in (work / "outputs/runs").iterdir() if not f.name.startswith(".")]
     statuses = pd.Series([runs.status(f) for f in folders]).value_counts().to_dict()
     left = {"processes": [f"{p.pid} {' '.join(p.cmdline())[:80]}" for p in processes(work)],
             "temporary files": leftovers(work / "tmp")}

@@ -17,7 +17,7 @@ import pytest
 from conftest import papermill
 from safetensors.numpy import load_file
 
-from runner import ROOT, parameters, rewardlog, runs
+from runner import ROOT, parameters, rewardlog, runs, studies
 
 STUDY = """
 title: Two cells
@@ -46,6 +46,12 @@ def study(workspace):
     return workspace / "outputs/two", done
 
 
+def runs_of(folder):
+    """The runs of the two-cell study, in the store beside its folder."""
+    _, grid = studies.load_study(str(folder.parents[1] / "two.yaml"), "tiny")
+    return sorted(folder.with_name("runs") / parameters.run_id(p) for p in grid)
+
+
 def test_a_study_leaves_tables_figures_and_rendered_notebooks(study):
     folder, done = study
     for name in ("runs.csv", "summary.csv", "eval.parquet", "metrics.parquet", "results.csv", "replay.csv",
@@ -67,7 +73,8 @@ def test_executed_notebooks_keep_the_last_state_of_their_progress(workspace, stu
 
 def test_every_run_keeps_the_contract(study):
     folder, _ = study
-    for run in (folder / "runs").glob("*-s0-*"):
+    assert not (folder / "runs").exists()
+    for run in runs_of(folder):
         params = parameters.Params(**json.loads((run / "params.json").read_text()))
         assert run.name == parameters.run_id(params)
         assert (run / "DONE").read_text().strip() == runs.adapter_hash(run)
@@ -81,14 +88,14 @@ def test_every_run_keeps_the_contract(study):
         np.testing.assert_allclose(logged, by_step, atol=1e-6)
         record = json.loads((run / "provenance.json").read_text())
         assert record["versions"]["trl"] and record["policy_hash"] and record["resumed_from"] == []
-    clean, flip = sorted((folder / "runs").glob("*-s0-*"))
+    clean, flip = runs_of(folder)
     first = [rewardlog.read_log(r).query("step == 0") for r in (clean, flip)]
     assert first[0].sample_id.tolist() == first[1].sample_id.tolist()  # same seed: same prompts in the first step
 
 
 @pytest.mark.parametrize("column", ["verdict", "observed_reward", "returned"])
 def test_one_tampered_row_is_found(study, tmp_path, column):
-    run = next((study[0] / "runs").glob("flip-*"))
+    run = runs_of(study[0])[1]
     shutil.copytree(run, tmp_path / run.name)
     log = rewardlog.read_log(run)
     log.loc[77, column] = 1 - log.loc[77, column]
@@ -107,28 +114,30 @@ def test_a_finished_study_is_left_alone(study):
     assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_study_takes_over_the_runs_of_another(study):
+def test_the_same_cells_in_another_study_are_the_same_runs(study):
+    """A dry run says so before, and nothing is executed twice."""
     work = study[0].parents[1]
     (work / "again.yaml").write_text(STUDY)
+    before = [(run / "DONE").stat().st_mtime_ns for run in runs_of(study[0])]
+    assert "runs: 2; 2 done" in command(work, "runner", work / "again.yaml", "--dry-run").stdout
     done = command(work, "runner", work / "again.yaml")
-    assert done.returncode == 0 and "taken over from there: 2" in done.stdout
-    for run in (work / "outputs/again/runs").glob("*-s*"):
-        assert runs.adapter_hash(run) == runs.adapter_hash(study[0] / "runs" / run.name)
-        assert runs.prove(run)[1].empty
+    assert done.returncode == 0 and "All 2 runs are done: nothing to do." in done.stdout
+    assert before == [(run / "DONE").stat().st_mtime_ns for run in runs_of(study[0])]
+    assert (work / "outputs/again/results.csv").read_text() == (study[0] / "results.csv").read_text()
 
 
 def test_a_study_is_packed_without_weights_and_goes_on_elsewhere(study, tmp_path):
     work = study[0].parents[1]
-    (tmp_path / "outputs").mkdir()
-    for there, target in ((work, "pack"), (tmp_path, "unpack")):
-        if target == "unpack":
-            shutil.copytree(study[0], tmp_path / "outputs/two", ignore=shutil.ignore_patterns("runs", "figures"))
-        done = subprocess.run(["make", target, f"FOLDER={there}/outputs/two"], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    for run in (study[0] / "runs").glob("*-s0-*"):
-        there = tmp_path / "outputs/two/runs" / run.name
+    packed = command(work, "runner", work / "two.yaml", "--pack")
+    assert packed.returncode == 0 and "outputs/two/runs.tar.xz" in packed.stdout, packed.stderr
+    (tmp_path / "outputs/two").mkdir(parents=True)
+    (study[0] / "runs.tar.xz").rename(tmp_path / "outputs/two/runs.tar.xz")
+    unpacked = command(tmp_path, "runner", work / "two.yaml", "--unpack")
+    assert unpacked.returncode == 0 and "2 of 2 runs" in unpacked.stdout, unpacked.stderr
+    for run in runs_of(study[0]):
+        there = tmp_path / "outputs/runs" / run.name
         assert runs.status(there) == "done" and not (there / runs.WEIGHTS).exists() and runs.prove(there)[1].empty
-    (study[0] / "runs.tar.xz").unlink()
+    assert list((tmp_path / "outputs/runs/base-tiny-s0").glob("eval-*.parquet"))
 
 
 def test_a_failing_run_is_reported_and_does_not_stop_the_others(workspace):
@@ -136,11 +145,12 @@ def test_a_failing_run_is_reported_and_does_not_stop_the_others(workspace):
         "label_flip_rate: 0.25", "mask_rate: 1.0"))
     done = command(workspace, "runner", workspace / "fail.yaml")
     assert done.returncode == 1
-    failed = next((workspace / "outputs/fail/runs").glob("clean-*"))
+    _, grid = studies.load_study(str(workspace / "fail.yaml"), "tiny")
+    failed, unrewarded = (workspace / "outputs/runs" / parameters.run_id(p) for p in grid)
     assert f"FAILED {failed.name}" in done.stderr and "max_prompt_length=1" in done.stderr
     assert runs.status(failed) == "failed"
-    unrewarded = next((workspace / "outputs/fail/runs").glob("mask-1*"))  # which is a result, not a failure
-    assert runs.status(unrewarded) == "done" and "nothing to learn from" in (unrewarded / "notebook.ipynb").read_text()
+    assert runs.status(unrewarded) == "done"  # which is a result, not a failure
+    assert "nothing to learn from" in (unrewarded / "notebook.ipynb").read_text()
     cells = nbformat.read(failed / "notebook.ipynb", as_version=4).cells
     assert any(o.output_type == "error" for c in cells for o in c.get("outputs", []))
     plan = command(workspace, "runner", workspace / "fail.yaml", "--dry-run").stdout

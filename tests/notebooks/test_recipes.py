@@ -50,7 +50,7 @@ def follow(workspace, tmp_path):
 @pytest.mark.slow
 def test_a_channel(follow):
     *_, proof, plan = follow("recipe-channel")
-    run = next((follow.work / "outputs/single/runs").iterdir())
+    run = next((follow.work / "outputs/runs").iterdir())
     log = pd.read_parquet(run / "rewards.parquet")
     assert f"all {len(log)} rows" in proof and 0 < log.changed.mean() < 0.6
     changed = log.groupby(log.completion_tokens > log.completion_tokens.median()).changed.mean()
@@ -68,7 +68,7 @@ def test_a_model(follow):
     base = follow("recipe-model")[1]
     shares = re.findall(r"([\d.]+)% right.* ([\d.]+)% of groups mixed", base)
     assert len(shares) == 2 and 0 < float(shares[0][0]) < 100 and float(shares[0][1]) > 0
-    run = next((follow.work / "outputs/single/runs").iterdir())
+    run = next((follow.work / "outputs/runs").iterdir())
     given = json.loads((run / "params.json").read_text())
     assert given["model"] == "./mine" and (run / "DONE").exists()
 
@@ -83,7 +83,7 @@ def test_a_data_set_and_a_verifier(follow, tmp_path):
         (tmp_path / f"gsm8k/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, attempts = follow("recipe-data", GSM8K=str(tmp_path / "gsm8k"))[-3:-1]
     assert "#### 72" in attempts
-    run = next((follow.work / "outputs/single/runs").iterdir())
+    run = next((follow.work / "outputs/runs").iterdir())
     assert json.loads((run / "params.json").read_text())["verifier"] == "hash"
     log = pd.read_parquet(run / "rewards.parquet")
     assert 0 < log.true_reward.mean() < 1 and log.sample_id.str.startswith("train:").all()

@@ -78,7 +78,7 @@ def undisturbed(inputs, tmp_path_factory):
     both = [command(work, work / "two.yaml") for _ in range(2)]
     ended = [(p.communicate(timeout=300), p.returncode) for p in both]
     assert [code for _, code in ended] == [0, 0], ended
-    return work, ended, adapters(work / "outputs/two")
+    return work, ended, adapters(work / "outputs")
 
 
 def test_two_sweeps_at_once_do_every_run_once_and_both_see_the_end(undisturbed):
@@ -86,7 +86,7 @@ def test_two_sweeps_at_once_do_every_run_once_and_both_see_the_end(undisturbed):
     assert len(found) == 2
     executed = "".join(out for (out, _), _ in ended)
     assert executed.count("  done  ") - executed.count("by another process") <= 2
-    records = [json.loads(p.read_text()) for p in (work / "outputs/two/runs").glob("*/provenance.json")]
+    records = [json.loads(p.read_text()) for p in (work / "outputs/runs").glob("*/provenance.json")]
     assert any(r["resumed_from"] for r in records)  # Ctrl-C lost no more than the steps after the checkpoint
     assert not processes(work)
 
@@ -102,7 +102,7 @@ def test_sigterm_as_slurm_sends_it_stops_like_ctrl_c(work):
 
 def test_a_second_signal_ends_at_once_and_leaves_no_process(work):
     process = command(work, work / "two.yaml")
-    until(lambda: processes(work) and list((work / "outputs/two/runs").glob("*/.lock")), process)
+    until(lambda: processes(work) and list((work / "outputs/runs").glob("*/.lock")), process)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
@@ -177,13 +177,13 @@ def test_a_node_is_killed_in_mid_sweep(undisturbed, work, tmp_path, shared):
     finally:
         for i in reversed(range(len(nodes.processes))):
             nodes.kill(i)
-    assert adapters(work / "outputs/two") == undisturbed[2]
-    for run in (work / "outputs/two/runs").glob("*/provenance.json"):
+    assert adapters(work / "outputs") == undisturbed[2]
+    for run in (work / "outputs/runs").glob("*/provenance.json"):
         record = json.loads(run.read_text())
         assert record["git_commit"] == provenance.commit()["git_commit"]
-    resumed = [json.loads(p.read_text())["resumed_from"] for p in (work / "outputs/two/runs").glob("*/provenance.json")]
+    resumed = [json.loads(p.read_text())["resumed_from"] for p in (work / "outputs/runs").glob("*/provenance.json")]
     assert any(resumed) == shared  # without a common file system, what was on the node is lost
-    assert not list(places[1].glob("*/outputs/two/runs/*/DONE"))  # what was sent does not stay on the node
+    assert not list(places[1].glob("*/outputs/runs/*/DONE"))  # what was sent does not stay on the node
 
 
 SRUN = """#!/usr/bin/env bash
@@ -206,4 +206,4 @@ def test_the_submit_script_with_a_stand_in_for_slurm(work, tmp_path):
     for log in ROOT.glob(f"slurm-{os.getpid()}-*.log"):
         log.unlink()
     assert done.returncode == 0 and "2 of 2 nodes have joined" in done.stdout, done.stdout + done.stderr
-    assert len(adapters(work / "outputs/two")) == 2 and not processes(work)
+    assert len(adapters(work / "outputs")) == 2 and not processes(work)

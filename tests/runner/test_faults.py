@@ -16,8 +16,6 @@ import pytest
 from conftest import papermill
 
 from runner import ROOT, files, parameters, provenance, rewardlog, runs
-from runner import sweep as sweep_module
-from runner.sweep import inputs_of, take_over
 
 SETTINGS = dict(max_steps=10, save_steps=2, eval_interval=0, label_flip_rate=0.3)
 NOT_COMPARED = ("seconds/", "train_runtime", "train_samples_per_second", "train_steps_per_second", "step_time",
@@ -26,7 +24,7 @@ NOT_COMPARED = ("seconds/", "train_runtime", "train_samples_per_second", "train_
 
 @pytest.fixture(scope="module")
 def whole(workspace):
-    """The folder of a finished run that was left alone, where no sweep takes it over; checkpoints at steps 8 and 10."""
+    """The folder of a finished run that was left alone, apart from the store; checkpoints at steps 8 and 10."""
     papermill(workspace, "02_train", workspace / "whole.ipynb", output_dir="reference", **SETTINGS)
     return next((workspace / "reference/runs").iterdir())
 
@@ -176,30 +174,6 @@ def test_the_weights_of_an_evaluated_run_may_be_left_behind(copy):
     assert runs.status(copy) == "done"
 
 
-@pytest.mark.parametrize("weights", [True, False])
-def test_a_run_without_weights_is_not_taken_over_by_another_study(copy, tmp_path, monkeypatch, weights):
-    """It could not be asked the questions of that study."""
-    other = shutil.copytree(copy, tmp_path / "outputs/other/runs" / copy.name)
-    (other / "eval-00000000.parquet").touch()
-    if not weights:
-        (other / runs.WEIGHTS).unlink()
-    assert runs.status(other) == "done"
-    monkeypatch.setattr(sweep_module, "OUTPUTS", tmp_path / "outputs")
-    mine, params = tmp_path / "outputs/mine/runs", parameters.Params(**json.loads((copy / "params.json").read_text()))
-    mine.mkdir(parents=True)
-    with open(mine / "claims", "a") as file:
-        taken = take_over([copy.name], {copy.name: params}, {inputs_of(params): {}}, mine, file)
-    assert taken == ({copy.name} if weights else set()) and (mine / copy.name).exists() == weights
-
-
-def test_mending_a_run_leaves_another_study_s_link_to_it_alone(copy, whole, tmp_path, begin):
-    linked = shutil.copytree(copy, tmp_path / "other" / copy.name, copy_function=os.link)
-    (copy / "DONE").unlink()
-    begin(copy)
-    assert runs.status(linked) == "done"
-    same(linked, whole)
-
-
 @pytest.mark.parametrize("harm", [truncate, empty, zeros])
 @pytest.mark.parametrize("name, goes_on_from", [("params.json", 8), ("provenance.json", None)])
 def test_half_a_run_with_a_damaged_record(half, name, goes_on_from, harm, begin):
@@ -247,14 +221,16 @@ def test_half_a_run_under_another_name_is_not_gone_on_with(half, begin):
 
 
 def test_copies_count_only_under_the_name_of_a_cell(workspace, whole):
-    """In another study a copy is that run; under a name of its own it is nothing."""
+    """In the store a copy is that run; under a name of its own it is nothing."""
     (workspace / "copied.yaml").write_text(STUDY)
-    folder = workspace / "outputs/copied/runs"
-    shutil.copytree(whole, folder / whole.name)
-    shutil.copytree(whole, folder / f"{whole.name}-copy")
+    store = workspace / "outputs/runs"
+    shutil.copytree(whole, store / whole.name)
+    shutil.copytree(whole, store / f"{whole.name}-copy")
     done = sweep(workspace, "copied").communicate()
     assert "All 1 runs are done: nothing to do." in done[0]
-    same(folder / whole.name, whole)
+    same(store / whole.name, whole)
+    for copied in store.glob(f"{whole.name}*"):
+        shutil.rmtree(copied)
 
 
 # --- kills ------------------------------------------------------------------------------------------------------
@@ -296,7 +272,7 @@ def test_kill_9_of_the_ray_worker_and_then_of_the_sweep(apart):
     papermill(apart, "02_train", apart / "whole.ipynb", output_dir="reference", **SETTINGS | {"max_steps": 40})
     whole = next((apart / "reference/runs").iterdir())
     (apart / "kills.yaml").write_text(STUDY.replace("max_steps: 10", "max_steps: 40"))
-    folder = apart / "outputs/kills/runs" / whole.name
+    folder = apart / "outputs/runs" / whole.name
     driver = sweep(apart, "kills")
     wait_for((folder / "rewards/step-000003.parquet").exists, driver)
     below = psutil.Process(driver.pid).children(recursive=True)

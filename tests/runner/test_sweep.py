@@ -46,13 +46,14 @@ def work(inputs, tmp_path):
 
 
 def test_planning_reads_each_input_once(work, monkeypatch):
-    """400 cells, all but one finished: the profile is read once, the data hashed once, one record read a run."""
+    """400 cells, all but one finished: the data are hashed once, and one record is read a run."""
     subprocess.run([sys.executable, "-c", "import sys; sys.path.insert(0, 'tests/measure'); from pathlib import Path; "
                     "import fake_runs as f; f.finish_runs(f.write_study(Path(sys.argv[1]), 400))", str(work)],
                    cwd=ROOT, check=True, env=os.environ | {"GRPO_NOISE_WORK": str(work)})
     for module, name in ((runs, "WORK"), (parameters, "WORK"), (sweep, "WORK"), (dataset, "WORK")):
         monkeypatch.setattr(module, name, work)
-    monkeypatch.setattr(parameters, "OUTPUTS", work / "outputs")
+    for module in (parameters, studies):
+        monkeypatch.setattr(module, "OUTPUTS", work / "outputs")
     count = {}
 
     def counted(module, name):
@@ -70,14 +71,14 @@ def test_planning_reads_each_input_once(work, monkeypatch):
     def connected(address):
         raise Planned
 
-    for module, name in ((dataset, "data_hash"), (parameters, "load_yaml"), (runs, "check_inputs"), (runs, "status"),
+    for module, name in ((dataset, "data_hash"), (runs, "check_inputs"), (runs, "status"),
                          (sweep, "stale")):
         counted(module, name)
     monkeypatch.setattr(sweep, "connected", connected)
     _, grid = studies.load_study(str(work / "study.yaml"), "tiny")
     with pytest.raises(Planned):
         sweep.run_grid(grid, console=Console(file=io.StringIO()))
-    assert count == {"data_hash": 1, "load_yaml": 2, "check_inputs": 1, "status": 399, "stale": 399}
+    assert count == {"data_hash": 1, "check_inputs": 1, "status": 399, "stale": 399}
     record = grid[0].folder / "provenance.json"
     record.write_text(record.read_text().replace('"data_hash": "', '"data_hash": "x'))
     files.seal(grid[0].folder, "provenance.json")
@@ -123,3 +124,22 @@ def test_many_runs_are_looked_at_by_all_cores(tmp_path):
     found = sweep.statuses(names, tmp_path)
     assert list(found) == names and found == {name: runs.status(tmp_path / name) for name in names}
     assert set(found.values()) == {"damaged", "failed", "interrupted", "missing"}
+
+
+def test_a_published_archive_unpacks_into_the_store(tmp_path):
+    """It was packed when each study had its own folder of runs, and the base policy no model in its name."""
+    shutil.copytree(ROOT / "outputs/hyperparameters-smol", tmp_path / "outputs/hyperparameters-smol")
+    unpack = [sys.executable, "-m", "runner", "hyperparameters", "--profile", "smol", "--unpack"]
+    done = subprocess.run(unpack, cwd=ROOT, env=os.environ | {"GRPO_NOISE_WORK": str(tmp_path)}, capture_output=True,
+                          text=True)
+    assert "12 of 12 runs" in done.stdout, done.stderr
+    store = tmp_path / "outputs/runs"
+    assert {p.name for p in store.iterdir() if not p.name.startswith("clean-")} == {"base-smol-warm-s0"}
+    half = next(store.glob("clean-*"))
+    for name in ("DONE", "provenance.json"):
+        (half / name).unlink()
+    before = sorted(half.iterdir())
+    again = subprocess.run(unpack, cwd=ROOT, env=os.environ | {"GRPO_NOISE_WORK": str(tmp_path)}, capture_output=True,
+                           text=True)
+    assert f"{half.name} is interrupted here and was left alone" in again.stdout.replace("\n", " ")
+    assert "11 of 12 runs" in again.stdout and before == sorted(half.iterdir())

@@ -33,7 +33,7 @@ seeds: [0]
 use_selected: false
 eval_samples: 64
 """
-SHORT = {"output_dir": "outputs/short", "base_seed": 0, "seed": 0, "max_steps": 20, "eval_interval": 10,
+SHORT = {"base_seed": 0, "seed": 0, "max_steps": 20, "eval_interval": 10,
          "save_steps": 10, "eval_problems": 16}
 TOKEN = "browser-test"
 PATIENCE = 600  # seconds for one notebook on a busy machine
@@ -238,7 +238,7 @@ def test_train_shows_progress_and_a_figure_and_runs_again_with_other_parameters(
     assert len(lines) >= 5 and lines == sorted(lines), lines
     notebook.set(label_flip_rate=0.25)  # in the same kernel
     check(notebook, notebook.run_all(), figures=1)
-    assert len(list((notebook.file.parents[1] / "outputs/short/runs").glob("*/DONE"))) == 2
+    assert len(list((notebook.file.parents[1] / "outputs/runs").glob("*/DONE"))) == 2
 
 
 def test_evaluation_shows_its_progress(open_notebook, work):
