@@ -1,4 +1,4 @@
-"""Small files that are whole or not there, and sums that tell whether they still are what they were."""
+"""Small files that are whole or not there, and sums that tell whether they are what they were."""
 
 import hashlib
 import json
@@ -11,45 +11,56 @@ SUMS = "SHA256SUMS"  # in each checkpoint and finished run: what its files were 
 
 
 def write_atomically(path: Path, content: str | bytes, flush: bool = True):
-    """Write a small file so that a reader, or the next start after a crash, sees the old or the new one, never half.
+    """Write a small file so that a reader sees the old one or the new one, never half of it.
 
-    flush: wait for the disk. Without, a crash of the machine (not of the process) can leave an empty file.
-    OSError names the file, also where the system does not, such as on a full disk.
+    flush: wait for the disk. Without, a crash of the machine (not of the process) can leave an
+    empty file. OSError names the file, also where the system does not, such as on a full disk.
     """
+    if isinstance(content, str):
+        content = content.encode()
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content)
             if flush:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as e:
         part.unlink(missing_ok=True)
-        raise OSError(e.errno, f"{e.strerror} (mend that and start again: a run goes on from its last checkpoint)",
-                      str(path)) from None
+        advice = "mend that and start again: a run goes on from its last checkpoint"
+        raise OSError(e.errno, f"{e.strerror} ({advice})", str(path)) from None
 
 
 def seal(folder: Path, *names: str):
-    """Write SHA256SUMS (as `sha256sum -c` reads it) of files in `folder`, after they have reached the disk."""
+    """Write SHA256SUMS of files in `folder`, as `sha256sum -c` reads it, once they are on disk."""
     for name in names:
         with open(folder / name, "rb") as file:
             os.fsync(file.fileno())
-    write_atomically(folder / SUMS, "".join(f"{sha256(folder / name)}  {name}\n" for name in names))
+    lines = [f"{sha256(folder / name)}  {name}\n" for name in names]
+    write_atomically(folder / SUMS, "".join(lines))
 
 
 def unsealed(folder: Path) -> list[str]:
-    """Names of the files that are not as `seal` found them; SHA256SUMS itself if it is missing or cut off."""
+    """Names of files that are not as `seal` found them, or SHA256SUMS if it is missing or empty."""
     try:
         lines = read(f"{folder}/{SUMS}").decode(errors="replace").splitlines()
     except FileNotFoundError:
         lines = []
-    sums = [line.partition("  ") for line in lines]
-    return [name or SUMS for expected, _, name in sums if sha256(f"{folder}/{name}") != expected] if sums else [SUMS]
+    if not lines:
+        return [SUMS]
+    changed = []
+    for line in lines:
+        expected, _, name = line.partition("  ")
+        if not name:  # the line is cut off
+            changed.append(SUMS)
+        elif sha256(f"{folder}/{name}") != expected:
+            changed.append(name)
+    return changed
 
 
 def sha256(path: Path | str) -> str | None:
-    """sha256 of a file, or None if it is not there. Computed once a process for one content: a sweep asks often."""
+    """sha256 of a file, or None if it is not there. A process reads each content only once."""
     try:
         about = os.stat(path)
         return _sha256_of(path, about.st_ino, about.st_mtime_ns, about.st_size)
@@ -63,7 +74,7 @@ def _sha256_of(path: Path | str, *_) -> str:
 
 
 def read(path: Path | str) -> bytes:
-    """All bytes of a file. Planning 10,000 finished runs reads 90,000: `Path.read_bytes` would take a second longer."""
+    """All bytes of a file. To plan 10,000 runs reads 90,000: Path.read_bytes is a second slower."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         return b"".join(iter(lambda: os.read(descriptor, 2**20), b""))
@@ -81,5 +92,6 @@ def read_json(path: Path | str) -> dict | None:
 
 
 def digest(values: Any, length: int = 8) -> str:
-    """The first hex digits of the sha256 of JSON-serialisable values, independent of key order."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:length]
+    """First hex digits of the sha256 of JSON-serialisable values, independent of key order."""
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]

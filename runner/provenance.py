@@ -1,4 +1,7 @@
-"""Where a run comes from: its code, the versions of packages, and the machine. No user name, host name or path."""
+"""Where a run comes from: its code, the versions of packages, and the machine.
+
+Nothing here records a user name, a host name or a path.
+"""
 
 import ast
 import json
@@ -14,34 +17,56 @@ from typing import Any
 from runner import ROOT, engines
 from runner.files import digest, sha256
 
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "ray", "papermill",
+            "math-verify", "numpy", "vllm", "unsloth")
+
+# The modules that decide what a run computes: 02_train imports them, directly or through others.
+# Not among them: figures (plots), statistics of finished runs (stats, theory, audit, report), and
+# what starts runs (sweep, __main__). A test derives this list again from the imports.
+DECISIVE = (
+    "lib/answers.py", "lib/noise.py", "lib/rewards.py",
+    "runner/__init__.py", "runner/checkpoints.py", "runner/dataset.py", "runner/engines.py",
+    "runner/files.py", "runner/hub.py", "runner/parameters.py", "runner/policies.py",
+    "runner/problems.py", "runner/provenance.py", "runner/reading.py", "runner/rewardlog.py",
+    "runner/runs.py",
+)
+
 
 def provenance(**more) -> dict[str, Any]:
-    """Commit, versions, machine and whatever the run adds. No user name, host name or path."""
-    versions = {}
-    for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "ray", "papermill", "math-verify",
-                 "numpy", "vllm", "unsloth"):
+    """Commit, versions, machine, and whatever the run adds."""
+    return {**commit(), "python": platform.python_version(), "versions": versions(),
+            "cpu": cpu_name(), "cores": os.cpu_count(), "gpu": gpu_name(), **more}
+
+
+def versions() -> dict[str, str]:
+    """The versions of those PACKAGES that are installed."""
+    found = {}
+    for name in PACKAGES:
         try:
-            versions[name] = version(name)
+            found[name] = version(name)
         except PackageNotFoundError:
             continue
-    return {**commit(), "python": platform.python_version(), "versions": versions, "cpu": cpu_name(),
-            "cores": os.cpu_count(), "gpu": gpu_name(), **more}
+    return found
 
 
 def commit() -> dict[str, Any]:
-    """The commit of this code, and whether tracked files differ from it: None where it is not a git checkout.
+    """The commit of this code, and whether tracked files differ from it; None without git.
 
     On a node of a cluster the code came through Ray, and the sweep says what it was.
     """
     if "GRPO_NOISE_COMMIT" in os.environ:
         return json.loads(os.environ["GRPO_NOISE_COMMIT"])
+    head = _git("rev-parse", "HEAD")
+    if not head:
+        return {"git_commit": None, "git_dirty": None}
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!outputs")
+    return {"git_commit": head, "git_dirty": bool(changed)}
 
-    def git(*args):
-        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!outputs")
-    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": None if changed is None else bool(changed)}
+def _git(*args: str) -> str:
+    """What git says; nothing if this is no checkout."""
+    done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def cpu_name() -> str:
@@ -54,7 +79,8 @@ def cpu_name() -> str:
 
 def gpu_name() -> str | None:
     """Name, driver and memory (MiB) of the GPUs, or None without a GPU."""
-    return "; ".join(", ".join(gpu) for gpu in engines.gpu_query("name,driver_version,memory.total")) or None
+    gpus = engines.gpu_query("name,driver_version,memory.total")
+    return "; ".join(", ".join(gpu) for gpu in gpus) or None
 
 
 def peak_memory_mb() -> int:
@@ -64,17 +90,22 @@ def peak_memory_mb() -> int:
 
 
 def code(executed: list[str] | None = None) -> dict[str, str]:
-    """sha256 of the code cells of 02_train and of lib's modules, which tell apart runs from before and after an edit.
+    """sha256 of 02_train's code cells and of the DECISIVE modules: which code made a run.
 
-    executed: the cells that this kernel executed (IPython's `In`), else those that are on disk. Cells of nothing but
-    assignments are left out: parameters are in params.json.
+    executed: the cells that this kernel executed (IPython's `In`), else those that are on disk.
+    Cells of nothing but assignments are left out: parameters are in params.json.
     """
     if executed is None:
-        cells = json.loads((ROOT / "notebooks/02_train.ipynb").read_text())["cells"]
-        executed = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    cells = [cell.strip() for cell in executed if cell.strip() and not assignments(cell)]
-    modules = [*(ROOT / "lib").glob("*.py"), *(ROOT / "runner").glob("*.py")]
-    return {"notebook": digest(cells, 64), "lib": digest({f"{p.parent.name}/{p.name}": sha256(p) for p in modules}, 64)}
+        executed = _cells_on_disk()
+    stripped = [cell.strip() for cell in executed]
+    cells = [cell for cell in stripped if cell and not assignments(cell)]
+    modules = {name: sha256(ROOT / name) for name in DECISIVE}
+    return {"notebook": digest(cells, 64), "modules": digest(modules, 64)}
+
+
+def _cells_on_disk() -> list[str]:
+    cells = json.loads((ROOT / "notebooks/02_train.ipynb").read_text())["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
 
 def assignments(cell: str) -> dict[str, Any]:

@@ -1,92 +1,129 @@
-"""The run contract: what the folder of a run holds, when it counts as done, and how it goes on after a crash."""
+"""The run contract: what a run's folder holds, when it counts as done, and what follows a crash."""
 
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from lib.audit import replay_run
 from lib.rewards import estimator
 from runner import BUILT_HERE, WORK, dataset
+from runner.checkpoints import checkpoints, last_checkpoint, step_of
 from runner.files import SUMS, read, read_json, seal, sha256, unsealed, write_atomically
 from runner.model_files import check_model
-from runner.parameters import Params, _name, run_id
+from runner.parameters import Params, run_id, run_name, steps_in
 from runner.provenance import code, peak_memory_mb, provenance
-from runner.rewardlog import drop_steps_from, logged_until, read_log
+from runner.rewardlog import drop_steps_from, read_log
 
 WEIGHTS = "adapter/adapter_model.safetensors"
+RECORDS = ("params.json", "provenance.json")
 _HELD: dict[Path, Any] = {}  # lock files that this process has open
 
 
+# --- what the folder says -------------------------------------------------------------------------
+
+
 def status(folder: Path) -> str:
-    """done, damaged (it was done), running, failed, interrupted (something is there to resume from), or missing."""
+    """done, damaged (it was done), running, failed, interrupted (it can go on), or missing."""
     if (folder / "DONE").exists():
         return "damaged" if damage(folder) else "done"
-    if (folder / ".lock").exists() and not (folder in _HELD and not _HELD[folder].closed):
-        with open(folder / ".lock") as file:
-            if not _flock(file, fcntl.LOCK_SH):
-                return "running"
+    if _held_elsewhere(folder):
+        return "running"
     if (folder / "FAILED").exists():
         return "failed"
     return "interrupted" if (folder / "params.json").exists() else "missing"
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a finished run, or None: it has the files that it finished with, and the name that is its own.
+    """What is wrong with a finished run, or None if it has the files that it finished with.
 
-    Runs that finished before there were sums are judged by the hash of the adapter, which DONE holds. The weights of
-    an evaluated run may be left behind (`make pack`): its tables answer all that is asked of it.
+    The weights of an evaluated run may be left behind (`make pack`): its tables answer all that is
+    asked of it.
     """
     other = stranger(folder)
     if other:
         return f"params.json is that of {other}"
     wrong = unsealed(folder)
-    if wrong == [WEIGHTS] and adapter_hash(folder) is None and any(folder.glob("eval-*.parquet")):
+    if wrong == [WEIGHTS] and _weights_left_behind(folder):
         return None
-    if wrong == [SUMS] and not (folder / SUMS).exists():
-        wrong = [name for name in ("params.json", "provenance.json") if not read_json(f"{folder}/{name}")]
-    if not wrong and read(f"{folder}/DONE").decode(errors="replace").strip() != adapter_hash(folder):
+    if wrong == [SUMS] and not (folder / SUMS).exists():  # it finished before there were sums
+        wrong = [name for name in RECORDS if not read_json(folder / name)]
+    if not wrong and _hash_in_done(folder) != adapter_hash(folder):
         wrong = [f"DONE or {WEIGHTS}"]
-    return f"{', '.join(wrong)}: missing, cut off or changed" if wrong else None
+    if not wrong:
+        return None
+    return f"{', '.join(wrong)}: missing, cut off or changed"
+
+
+def _weights_left_behind(folder: Path) -> bool:
+    return adapter_hash(folder) is None and any(folder.glob("eval-*.parquet"))
+
+
+def _hash_in_done(folder: Path) -> str:
+    return read(folder / "DONE").decode(errors="replace").strip()
 
 
 def stranger(folder: Path, name: str | None = None) -> str | None:
-    """The run whose params.json the folder holds, if it is not `name`: the one that the folder is named after.
+    """The run id in params.json if it is not `name` (by default the folder's own), else None.
 
-    The file is hashed as it stands, since 10,000 of them are read at once: what it says is checked when it is used.
+    The file is hashed as it stands, since 10,000 of them are read at once: what it says is checked
+    when it is used.
     """
     try:
-        there = _name(read_json(f"{folder}/params.json"))
+        there = run_name(read_json(folder / "params.json"))
     except (KeyError, TypeError, ValueError):  # damaged: nothing says that it is another's
         return None
-    return there if there != (name or folder.name) else None
+    if there == (name or folder.name):
+        return None
+    return there
+
+
+def adapter_hash(folder: Path) -> str | None:
+    """sha256 of a run's final adapter weights, or None if they are not there."""
+    return sha256(f"{folder}/{WEIGHTS}")
+
+
+# --- one process at a time ------------------------------------------------------------------------
 
 
 def hold(folder: Path):
-    """Lock the run's folder for as long as the returned file is open, so that no second process writes into it.
+    """Lock the run's folder for as long as the returned file is open.
 
-    The system frees the lock when the process ends, however it ends. RuntimeError if another process holds it.
+    No second process can write into it then. The system frees the lock when the process ends,
+    however it ends. RuntimeError if another process holds it.
     """
-    if folder in _HELD and not _HELD[folder].closed:  # a notebook's cell is executed twice in one kernel
+    if _held_here(folder):  # a notebook's cell is executed twice in one kernel
         return _HELD[folder]
     folder.mkdir(parents=True, exist_ok=True)
-    link = next((p for p in (folder, *folder.rglob("*")) if p.is_symlink()), None)
-    if link:  # a run makes none, and what is written to it would end up elsewhere
-        raise ValueError(f"{folder.name} holds a symbolic link ({link.name}): delete it, or the folder")
-    for _ in range(10):  # `status` looks at the lock for an instant: do not take that for a run
+    _refuse_links(folder)
+    for _ in range(10):  # `status` takes the lock for an instant: do not take that for a run
         file = open(folder / ".lock", "w")
         if _flock(file, fcntl.LOCK_EX):
             _HELD[folder] = file
             return file
         file.close()
         time.sleep(0.02)
-    raise RuntimeError(f"{folder.name} is being executed by another process: wait for it or stop it")
+    raise RuntimeError(f"{folder.name} is being executed by another process: wait for it or stop "
+                       "it")
+
+
+def _held_here(folder: Path) -> bool:
+    return folder in _HELD and not _HELD[folder].closed
+
+
+def _held_elsewhere(folder: Path) -> bool:
+    lock = folder / ".lock"
+    if _held_here(folder) or not lock.exists():
+        return False
+    with open(lock) as file:
+        return not _flock(file, fcntl.LOCK_SH)
 
 
 def _flock(file, kind: int) -> bool:
@@ -97,163 +134,191 @@ def _flock(file, kind: int) -> bool:
     return True
 
 
+def _refuse_links(folder: Path):
+    """ValueError if the folder is or holds a link: what is written to it would end up elsewhere."""
+    for path in (folder, *folder.rglob("*")):
+        if path.is_symlink():
+            raise ValueError(f"{folder.name} holds a symbolic link ({path.name}), which no run "
+                             "makes: delete it, or the folder")
+
+
+# --- before anything is loaded --------------------------------------------------------------------
+
+
 def check_inputs(params: Params):
-    """FileNotFoundError, with the command to run, if the data or the base policy of a run are not there."""
+    """Refuse a run whose data, base policy or packages are not there.
+
+    FileNotFoundError says how to get them; ValueError if there are too few problems.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise RuntimeError("a run is one process: to use several GPUs, execute several runs at once with lib.sweep")
+        raise RuntimeError("a run is one process: to use several GPUs, execute several runs at "
+                           "once with python -m runner")
     if params.report_to != "none" and not find_spec(params.report_to):
-        raise FileNotFoundError(f"report_to={params.report_to!r} needs a package that is not installed: "
-                                f"pip install {params.report_to}")
-    dataset.read_manifest(params.data_dir)
-    built = f"models/{params.model}-s{params.base_seed}"
-    if params.model in BUILT_HERE and not (WORK / built / "policy.json").exists():
-        raise FileNotFoundError(
-            f"the base policy {built} has not been built. Build it with: papermill notebooks/01b_warm_start.ipynb "
-            f"outputs/01b_warm_start.ipynb -p profile {params.profile} -p base_seed {params.base_seed}")
+        raise FileNotFoundError(f"report_to={params.report_to!r} needs a package that is not "
+                                f"installed: pip install {params.report_to}")
+    manifest = dataset.read_manifest(params.data_dir)
+    steps_in(params, manifest["counts"]["train_split"])
+    _check_policy(params)
+
+
+def _check_policy(params: Params):
     if params.model not in BUILT_HERE:
         check_model(params.model)
+        return
+    built = f"models/{params.model}-s{params.base_seed}"
+    if not (WORK / built / "policy.json").exists():
+        raise FileNotFoundError(
+            f"the base policy {built} has not been built. Build it with: papermill "
+            "notebooks/01b_warm_start.ipynb outputs/01b_warm_start.ipynb "
+            f"-p profile {params.profile} -p base_seed {params.base_seed}")
 
 
 def tracking(params: Params) -> dict[str, str]:
-    """GRPOConfig's arguments for `report_to`. TensorBoard and wandb write into the run's folder, trackio beside runs/.
+    """GRPOConfig's arguments for `report_to`. TensorBoard and wandb write into the run's folder.
 
-    Trackers read their folders from the environment, trackio when TRL imports it: call this first. Those of wandb and
-    trackio are left alone if they are set.
+    trackio writes beside runs/. Trackers read their folders from the environment, trackio when TRL
+    imports it: call this first. Those of wandb and trackio are left alone if they are set.
     """
     study = WORK / params.output_dir
-    defaults = {"WANDB_DIR": params.folder, "WANDB_PROJECT": study.name, "TRACKIO_DIR": study / "trackio"}
-    os.environ |= {name: str(value) for name, value in defaults.items() if name not in os.environ}
+    os.environ.setdefault("WANDB_DIR", str(params.folder))
+    os.environ.setdefault("WANDB_PROJECT", study.name)
+    os.environ.setdefault("TRACKIO_DIR", str(study / "trackio"))
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(params.folder / "tensorboard")
     return {"report_to": params.report_to, "run_name": run_id(params), "project": study.name}
 
 
-def begin(folder: Path, params: Params, **identity: str) -> tuple[dict[str, Any], Path | None]:
-    """Start a run, or go on with one: its provenance record, to be completed by `finish`, and the checkpoint to go on
-    from (None: from the start). What is later than that is deleted.
+# --- start, or go on ------------------------------------------------------------------------------
 
-    Damage is mended by going back to what is whole, and the record says so under `mended`. A contradiction is refused
-    with ValueError: params.json of another run, or `identity` (policy_hash, data_hash) other than when the run began.
+
+def begin(folder: Path, params: Params, **identity: str) -> tuple[dict[str, Any], Path | None]:
+    """Start a run, or go on with one. What is later than the checkpoint it goes on from is deleted.
+
+    identity: policy_hash and data_hash of this start.
+    Returns the provenance record, to be completed by `finish`, and the checkpoint (None: from the
+    start). Damage is mended by going back to what is whole, and the record says so under `mended`.
+    ValueError if the folder is that of another run, or began with another policy or other data.
     """
+    before = read_json(folder / "provenance.json")
+    _refuse_other_run(folder, params)
+    _refuse_other_inputs(folder, before, identity)
+
+    checkpoint, mended = _where_to_go_on(folder, params, before)
+    step = step_of(checkpoint) if checkpoint else 0
+    if mended:
+        print(f"{folder.name}: {'; '.join(mended)}. Going on from step {step}.")
+    _forget_from(folder, step)
+
+    seeds = params.model_dump(include={"seed", "noise_seed", "base_seed"})
+    record = provenance(**identity, seeds=seeds, **_history(before or {}, step, mended))
+    _write_json(folder / "params.json", params.model_dump())
+    _write_json(folder / "provenance.json", record)
+    return record, checkpoint
+
+
+def _history(before: dict, step: int, mended: list[str]) -> dict[str, list]:
+    """What the record says about earlier starts, and about this one from `step`."""
+    resumed_from, codes = before.get("resumed_from", []), []
+    if step:  # what an earlier start did is a part of the run
+        resumed_from, codes = [*resumed_from, step], before.get("code", [])
+    return {"resumed_from": resumed_from, "mended": before.get("mended", []) + mended,
+            "code": [*codes, code()]}
+
+
+def _refuse_other_run(folder: Path, params: Params):
     there = stranger(folder, run_id(params))
     if there:
-        raise ValueError(f"{dataset.shown(folder)} holds the params.json of {there}: it was copied or renamed by hand. "
-                         "Move it away or delete it, then start again")
-    before, mended = read_json(folder / "provenance.json"), []
-    changed = [name for name in identity if before and before.get(name) != identity[name]]
-    if changed:
-        raise ValueError(f"{folder.name} began with another {' and another '.join(c[:-5] for c in changed)} (hash "
-                         f"{before.get(changed[0])}, now {identity[changed[0]]}): restore it, or delete the folder of "
-                         "the run to start again")
+        raise ValueError(f"{dataset.shown(folder)} holds the params.json of {there}: it was copied "
+                         "or renamed by hand. Move it away or delete it, then start again")
+
+
+def _refuse_other_inputs(folder: Path, before: dict | None, identity: dict[str, str]):
+    if not before:
+        return
+    for name, now in identity.items():
+        if before.get(name) != now:
+            what = name.removesuffix("_hash")
+            raise ValueError(f"{folder.name} began with another {what} (hash {before.get(name)}, "
+                             f"now {now}): restore it, or delete the folder of the run to start "
+                             "again")
+
+
+def _where_to_go_on(folder: Path, params: Params,
+                    before: dict | None) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, or None; and what was found to be damaged."""
+    mended = []
     if (folder / "DONE").exists() and damage(folder):
         mended.append(f"it was done, but {damage(folder)}")
     if (folder / SUMS).exists() and "rewards.parquet" in unsealed(folder):
         (folder / "rewards.parquet").unlink(missing_ok=True)
     if before:
         checkpoint, passed_over = last_checkpoint(folder, params.num_iterations)
-        mended += passed_over
-    else:  # nothing says from which policy and data the checkpoints come
-        checkpoint, before = None, {"resumed_from": []}
-        mended += ["provenance.json is missing or cut off"] if (folder / "checkpoints").exists() else []
-    resumed_from = _step(checkpoint) if checkpoint else 0
-    if mended:
-        print(f"{folder.name}: {'; '.join(mended)}. Going on from step {resumed_from}.")
-    for file in ("DONE", SUMS, "metrics.parquet"):  # deleted, not overwritten: another study may hold a link to them
+        return checkpoint, mended + passed_over
+    if (folder / "checkpoints").exists():  # nothing says from which policy and data they come
+        mended.append("provenance.json is missing or cut off")
+    return None, mended
+
+
+def _forget_from(folder: Path, step: int):
+    """Delete what is later than `step`, and all that only a finished run has."""
+    for file in ("DONE", SUMS, "metrics.parquet"):
         (folder / file).unlink(missing_ok=True)
-    for later in [*folder.glob("adapter"), *(p for p in _checkpoints(folder) if _step(p) > resumed_from)]:
-        shutil.rmtree(later)
-    drop_steps_from(folder / "rewards", resumed_from)
-    record = provenance(**identity, seeds=params.model_dump(include={"seed", "noise_seed", "base_seed"}),
-                        resumed_from=before["resumed_from"] + ([resumed_from] if resumed_from else []),
-                        mended=before.get("mended", []) + mended,
-                        code=(before.get("code", []) if resumed_from else []) + [code()])
-    write_atomically(folder / "params.json", json.dumps(params.model_dump(), indent=1) + "\n")
-    write_atomically(folder / "provenance.json", json.dumps(record, indent=1) + "\n")
-    return record, checkpoint
+    later = [path for path in checkpoints(folder) if step_of(path) > step]
+    for path in [*folder.glob("adapter"), *later]:
+        shutil.rmtree(path)
+    drop_steps_from(folder, step)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, newest step first. Not by their times: a clock can be wrong."""
-    return sorted((folder / "checkpoints").glob("checkpoint-*"), key=_step, reverse=True)
+def _write_json(path: Path, values: dict[str, Any]):
+    write_atomically(path, json.dumps(values, indent=1) + "\n")
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[1])
+# --- the end --------------------------------------------------------------------------------------
 
 
-def keep_checkpoint(folder: Path, step: int, keep: int = 2):
-    """Seal the checkpoint that was just written, and delete all but the newest `keep`.
+def finish(folder: Path, record: dict[str, Any], executed: list[str]):
+    """Complete provenance.json with the executed code, the adapter's hash and peak memory; seal.
 
-    Not left to the trainer, which takes the oldest by modification time: after a clock was set back, the newest.
+    DONE is written last, when everything else has reached the disk. executed: see `code`.
     """
-    path = folder / f"checkpoints/checkpoint-{step}"
-    seal(path, *sorted(f.name for f in path.iterdir() if f.name != SUMS))
-    for old in _checkpoints(folder)[keep:]:
-        shutil.rmtree(old)
+    record |= {"adapter_hash": adapter_hash(folder), "peak_memory_mb": peak_memory_mb()}
+    # the notebook may have been edited while this kernel started
+    record["code"][-1]["notebook"] = code(executed)["notebook"]
+    _write_json(folder / "provenance.json", record)
+    adapter = [f"adapter/{file.name}" for file in sorted((folder / "adapter").iterdir())]
+    seal(folder, *RECORDS, "rewards.parquet", "metrics.parquet", *adapter)
+    (folder / "FAILED").unlink(missing_ok=True)
+    write_atomically(folder / "DONE", record["adapter_hash"] + "\n")
 
 
-def last_checkpoint(folder: Path, every: int) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that can be resumed exactly, or None; and why newer ones were passed over.
+def prove(folder: Path) -> tuple[int, pd.DataFrame]:
+    """Draw a run's noise again from its params.json: (rows in its log, those that do not fit).
 
-    It must be as it was sealed, at a multiple of `every` steps, and the reward log must be whole up to it. `every` is
-    the number of optimiser steps on one batch of rollouts (num_iterations): TRL rebuilds its rollouts when it resumes.
-    ValueError if there are checkpoints and none is at such a step.
+    ValueError if params.json is not that of the folder, or the log is not that of a run.
     """
-    found, logged, passed_over = _checkpoints(folder), logged_until(folder, every), []
-    aligned = [path for path in found if _step(path) % every == 0]
-    if found and not aligned:
-        raise ValueError(f"{folder.name}: checkpoints at steps {sorted(map(_step, found))} are not multiples of "
-                         f"{every} (num_iterations), so none can be resumed exactly: delete the folder to start again")
-    for path in aligned:
-        wrong = unsealed(path)
-        if not wrong and _step(path) <= logged:
-            return path, passed_over
-        passed_over.append(f"{path.name}: {', '.join(wrong)} missing, cut off or changed" if wrong else
-                           f"{path.name}: the reward log is whole up to step {logged} only")
-    return None, passed_over
+    from lib.audit import replay_run  # here, since a run that only starts has no need of it
 
-
-def adapter_hash(folder: Path) -> str | None:
-    """sha256 of a run's final adapter weights, or None if they are not there."""
-    return sha256(f"{folder}/{WEIGHTS}")
-
-
-def prove(folder: Path) -> "tuple[int, pd.DataFrame]":
-    """Draw a run's noise again from its params.json: (rows in rewards.parquet, those that do not fit).
-
-    What fits is what `replay_run` accepts. ValueError if params.json is not that of the folder, or the log is not
-    that of a run.
-    """
     params = Params(**json.loads((folder / "params.json").read_text()))
     if run_id(params) != folder.name:
-        raise ValueError(f"{folder.name} holds the params.json of {run_id(params)}: each log has its own parameters")
+        raise ValueError(f"{folder.name} holds the params.json of {run_id(params)}: each log has "
+                         "its own parameters")
     log = read_log(folder)
     correct = estimator(params.mitigation, *params.assumed_rates)
     return len(log), replay_run(log, params.channel, params.noise_seed, correct)
 
 
-def code_note(code: "pd.Series") -> str:
-    """A sentence if runs come from different code, else "". code: run_id -> what provenance records as `code`."""
-    kinds: dict[tuple, list[str]] = {}
-    for name, hashes in code.dropna().astype(str).str.findall(r"\b[0-9a-f]{64}\b").items():
-        for pair in sorted(set(zip(hashes[::2], hashes[1::2], strict=True))):
-            kinds.setdefault(pair, []).append(name)
-    if len(kinds) < 2:
-        return ""
-    return (f"The runs come from {len(kinds)} versions of 02_train and lib, so they may differ by more than their "
-            "parameters: " + "; ".join(
-                f"notebook {notebook[:8]}, lib {lib[:8]}: {len(names)} runs, such as {names[0]}"
-                for (notebook, lib), names in sorted(kinds.items(), key=lambda kind: -len(kind[1]))) + ".")
+def code_note(code: pd.Series) -> str:
+    """A sentence if runs were made with different code, else "".
 
-
-def finish(folder: Path, record: dict[str, Any], executed: list[str]):
-    """Complete provenance.json with the executed code, the adapter's hash and peak memory, and seal the files.
-
-    DONE is written last of all, when everything else has reached the disk. executed: see `code`.
+    code: run id -> what provenance records as `code`. Runs from before it was recorded have none.
     """
-    record |= {"adapter_hash": adapter_hash(folder), "peak_memory_mb": peak_memory_mb()}
-    record["code"][-1]["notebook"] = code(executed)["notebook"]  # it may have been edited while this kernel started
-    write_atomically(folder / "provenance.json", json.dumps(record, indent=1) + "\n")
-    adapter = [f"adapter/{file.name}" for file in sorted((folder / "adapter").iterdir())]
-    seal(folder, "params.json", "provenance.json", "rewards.parquet", "metrics.parquet", *adapter)
-    (folder / "FAILED").unlink(missing_ok=True)
-    write_atomically(folder / "DONE", record["adapter_hash"] + "\n")
+    runs_of: Counter[tuple[str, str]] = Counter()
+    for text in code.dropna().astype(str):
+        hashes = re.findall(r"\b[0-9a-f]{64}\b", text)  # notebook, modules, notebook, modules, ...
+        runs_of.update(set(zip(hashes[::2], hashes[1::2], strict=True)))
+    if len(runs_of) < 2:
+        return ""
+    number = {2: "two", 3: "three", 4: "four"}.get(len(runs_of), len(runs_of))
+    *counts, last = [str(n) for _, n in runs_of.most_common()]
+    return (f"The runs were made with {number} versions of the training code "
+            f"({', '.join(counts)} and {last} runs). So they may differ by more than their "
+            "parameters. The column `code` of provenance.csv says which run has which version.")

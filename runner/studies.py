@@ -1,54 +1,57 @@
 """Studies: a grid of runs, written as a YAML file."""
 
 import itertools
+import string
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lib import noise
 from runner import OUTPUTS, ROOT
 from runner.parameters import (
     PROFILES,
     Params,
-    _check,
-    _check_below,
-    _defaults,
-    _with_defaults,
-    load_yaml,
-    nearest,
+    completed,
+    folders_elsewhere,
+    profile_defaults,
     run_id,
     study_folder_name,
 )
+from runner.reading import as_list, load_yaml, mistakes_in_words, nearest
 
 STUDIES = ROOT / "params/studies"
+SET_ELSEWHERE = {"seed", "base_seed", "profile", "output_dir", "use_selected"}
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
-def folder_of(name: str, profile: str) -> Path:
-    """Where the tables, figures and rendered notebooks of a study are. Its runs are in the store, outputs/runs."""
-    file = Path(name)
-    study = file.stem if file.suffix in (".yaml", ".yml") else str(name)
+def folder_of(study: str, profile: str) -> Path:
+    """Where tables, figures and rendered notebooks of a study are. Its runs are in outputs/runs."""
+    if study.endswith((".yaml", ".yml")):
+        study = Path(study).stem
     return OUTPUTS / study_folder_name(study, profile)
 
 
-class Study(BaseModel):
-    """A grid: every arm's lists are crossed with each other, with `seeds` and with `base_seeds`.
+class StudyFile(BaseModel):
+    """What a study's file says. Every arm's lists are crossed with each other and with the seeds.
 
-    A file may have a key `profiles` with what differs for a profile, such as `profiles: {smol: {seeds: [0, 1]}}`.
-    With `cross_base_seeds: false` each seed has one base policy, in turn: seeds 0, 1, 2 on base policies 0, 1, 0.
+    A file may have a key `profiles` with what differs for a profile, such as
+    `profiles: {smol: {seeds: [0, 1]}}`. With `cross_base_seeds: false` each seed has one base
+    policy, in turn: seeds 0, 1, 2 on base policies 0, 1, 0.
 
-    An arm may have a `name` and a `reference` (the name of the arm it is compared with), in which {parameter} stands
-    for a value, such as "flip .3, G={num_generations}". Without a name the noise names the arm, and the reference is
-    the clean arm with the same other parameters.
+    An arm may have a `name` and a `reference` (the name of the arm it is compared with), in which
+    {parameter} stands for a value, such as "flip .3, G={num_generations}". Without a name the noise
+    names the arm, and the reference is the clean arm with the same other parameters.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     title: str
     arms: list[dict[str, Any]] = Field(min_length=1)
-    seeds: list[int] = Field(min_length=1)
-    base_seeds: list[int] = Field([0], min_length=1)
+    seeds: list[Seed] = Field(min_length=1)
+    base_seeds: list[Seed] = Field([0], min_length=1)
     cross_base_seeds: bool = True
     fixed: dict[str, Any] = {}
     use_selected: bool = True
@@ -57,52 +60,155 @@ class Study(BaseModel):
     eval_samples: int = Field(4, ge=1)
     eval_limit: int | None = Field(None, ge=1)
     reference: str = "clean"
-    names: dict[str, tuple[str, str]] = {}
+
+
+class Study(StudyFile):
+    """A study, and what its named arms are called."""
+
+    names: dict[str, tuple[str, str]] = {}  # run id -> (arm, reference)
 
     def arm_and_reference(self, params: Params) -> tuple[str, str]:
         """What tables call the arm of a run, and the arm that it is compared with."""
-        return (self.names and self.names.get(run_id(params))) or (noise.describe(vars(params))[0], "clean")
+        return self.names.get(run_id(params)) or (noise.describe(vars(params))[0], "clean")
+
+
+class Cell(NamedTuple):
+    """A run of a study, the number of its arm, and what the arm is called if it has a name."""
+
+    params: Params
+    arm: int
+    name: str | None
+    reference: str
 
 
 def load_study(name: str, profile: str) -> tuple[Study, list[Params]]:
-    """A study and the parameters of all its runs, checked before anything starts."""
+    """A study and the parameters of all its runs, checked before anything starts.
+
+    ValueError lists all mistakes of the file, a line each.
+    """
     values, path = load_yaml(STUDIES, name, "study")
-    for other in values.get("profiles", {}):
-        load_yaml(PROFILES, other, "profile")  # a mistyped profile would be ignored in silence
-    values |= values.pop("profiles", {}).get(profile, {})
-    study = _check(Study, values, path.name)
-    bases = itertools.cycle(study.base_seeds)
-    replicates = (list(itertools.product(study.base_seeds, study.seeds)) if study.cross_base_seeds else
-                  [(next(bases), seed) for seed in study.seeds])
-    runs, names, defaults = [], {}, _defaults(profile, study.use_selected)  # read once, not once a cell
-    for i, arm in enumerate(study.arms):
-        cells = {**study.fixed, **arm}
-        _check_below(cells, path.name)
-        templates = [cells.pop("name", None), cells.pop("reference", study.reference)]
-        lists = {k: v if isinstance(v, list) else [v] for k, v in cells.items()}
-        given = {"seed", "base_seed", "profile", "output_dir", "use_selected"} & set(lists)
-        if given:
-            raise ValueError(f"{path.name}, arm {i + 1}: {min(given)!r} cannot be set in an arm or in fixed, since it "
-                             "follows from the study's name, its seeds and --profile")
-        empty = [k for k, v in lists.items() if not v]
-        if empty:
-            raise ValueError(f"{path.name}, arm {i + 1}: {empty[0]} is an empty list, so the arm has no run")
-        for (base_seed, seed), *values in itertools.product(replicates, *lists.values()):
-            try:
-                given = dict(zip(lists, values, strict=True), seed=seed, base_seed=base_seed)
-                runs.append(_with_defaults(defaults, profile, given))
-                if templates[0]:
-                    names[run_id(runs[-1])] = tuple(t.format(**runs[-1].model_dump()) for t in templates)
-            except (KeyError, AttributeError, IndexError) as e:
-                raise ValueError(f"{path.name}, arm {i + 1}: name and reference may use parameters in braces, and "
-                                 f"{e} is none{nearest(e.args[0], Params.model_fields)}") from None
-            except ValueError as e:
-                raise ValueError(f"{path.name}, arm {i + 1} ({arm or 'clean'}): {e}") from None
-    twice = [r for r, n in Counter(map(run_id, runs)).items() if n > 1]
+    mistakes: list[str] = []
+    values = for_profile(values, profile, path.name, mistakes)
+    file = checked(values, path.name, mistakes)
+    defaults = profile_defaults(profile, file.use_selected)  # read once, not once a run
+    cells: list[Cell] = []
+    for number, arm in enumerate(file.arms, 1):
+        found, wrong = cells_of(file, number, arm, defaults)
+        cells += found
+        mistakes += [f"{path.name}, arm {number}: {what}" for what in wrong]
+    mistakes += [f"{path.name}: {what}" for what in repeated(cells)]
+    if not mistakes:  # else the arm that others refer to may be the one with a mistake
+        mistakes += [f"{path.name}: {what}" for what in without_reference(cells)]
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+    names = {run_id(cell.params): (cell.name, cell.reference) for cell in cells if cell.name}
+    return Study(**dict(file), names=names), [cell.params for cell in cells]
+
+
+def for_profile(values: dict, profile: str, where: str, mistakes: list[str]) -> dict:
+    """A file's values, overruled by its part for this profile. Adds what is wrong to `mistakes`."""
+    parts = values.pop("profiles", None) or {}
+    if not isinstance(parts, dict) or not all(isinstance(part, dict) for part in parts.values()):
+        mistakes.append(f"{where}: profiles maps a profile's name to what differs for it, such as "
+                        "{smol: {seeds: [0, 1]}}")
+        return values
+    for other in parts:
+        try:
+            load_yaml(PROFILES, other, "profile")
+        except ValueError as e:  # a mistyped name would be ignored in silence
+            mistakes.append(f"{where}: {e}")
+    return values | parts.get(profile, {})
+
+
+def checked(values: dict, where: str, mistakes: list[str]) -> StudyFile:
+    """The file without what is wrong in it, so that the rest is looked at too. See `mistakes`."""
+    try:
+        return StudyFile.model_validate(values)
+    except ValidationError as report:
+        mistakes += [f"{where}: {what}" for what in mistakes_in_words(StudyFile, report)]
+        wrong = {error["loc"][0] for error in report.errors()}
+    right = {name: value for name, value in values.items() if name not in wrong}
+    return StudyFile.model_validate({"title": "", "arms": [{}], "seeds": [0]} | right)
+
+
+def cells_of(file: StudyFile, number: int, arm: dict[str, Any],
+             defaults: dict[str, Any]) -> tuple[list[Cell], list[str]]:
+    """The runs of one arm, and what is wrong with it."""
+    settings = file.fixed | arm
+    mistakes = list(wrong_settings(settings))
+    if mistakes:
+        return [], mistakes
+    name, reference = settings.pop("name", None), settings.pop("reference", file.reference)
+    lists = {key: as_list(value) for key, value in settings.items()}
+    cells = []
+    for (base_seed, seed), *values in itertools.product(replicates(file), *lists.values()):
+        given = dict(zip(lists, values, strict=True), seed=seed, base_seed=base_seed)
+        try:
+            params = Params.model_validate(completed(defaults, given))
+        except ValidationError as report:
+            mistakes += mistakes_in_words(Params, report)
+            continue
+        shown = params.model_dump()
+        cells.append(Cell(params, number, name and name.format(**shown), reference.format(**shown)))
+    return cells, list(dict.fromkeys(mistakes))  # a mistake is the same for every seed
+
+
+def replicates(file: StudyFile) -> list[tuple[int, int]]:
+    """(base seed, seed) of each replicate of an arm."""
+    if file.cross_base_seeds:
+        return list(itertools.product(file.base_seeds, file.seeds))
+    return list(zip(itertools.cycle(file.base_seeds), file.seeds, strict=False))
+
+
+def wrong_settings(settings: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with an arm, together with `fixed`, before its lists are crossed."""
+    for key in sorted(SET_ELSEWHERE & settings.keys()):
+        yield (f"{key!r} cannot be set in an arm or in fixed, since it follows from the study's "
+               "seeds and --profile")
+    for key, value in settings.items():
+        if value == []:
+            yield f"{key} is an empty list, so the arm has no run"
+    yield from folders_elsewhere(settings)
+    if "reference" in settings and "name" not in settings:
+        yield "reference is for arms that have a name: give this one a name too"
+    for key in ("name", "reference"):
+        yield from wrong_template(key, settings.get(key, ""))
+
+
+def wrong_template(key: str, template: Any) -> Iterator[str]:
+    """What is wrong with a text in which {parameter} stands for a value."""
+    if not isinstance(template, str):
+        yield f"{key}={template!r} is no text: put it in quotes"
+        return
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(template)
+                  if field is not None]
+    except ValueError as e:
+        yield f"{key}={template!r}: {str(e).lower()}"
+        return
+    for field in fields:
+        if field not in Params.model_fields:
+            yield (f"name and reference may use parameters in braces, and {field!r} is none"
+                   f"{nearest(field, Params.model_fields)}")
+
+
+def repeated(cells: list[Cell]) -> Iterator[str]:
+    """A sentence if runs occur twice."""
+    names = [run_id(cell.params) for cell in cells]
+    twice = [name for name, times in Counter(names).items() if times > 1]
     if twice:
-        raise ValueError(f"{path.name}: {len(twice)} runs occur twice, the first is {twice[0]}")
-    absent = {reference for _, reference in names.values()} - {name for name, _ in names.values()}
-    if absent:
-        raise ValueError(f"{path.name}: no arm is called {sorted(absent)[0]!r}, which others refer to"
-                         f"{nearest(sorted(absent)[0], {name for name, _ in names.values()})}")
-    return study.model_copy(update={"names": names}), runs
+        first = twice[0]
+        arms = {cell.arm for cell, name in zip(cells, names, strict=True) if name == first}
+        where = " and ".join(f"arm {number}" for number in sorted(arms))
+        yield f"{len(twice)} runs occur twice, the first is {first} (in {where}): keep one of each"
+
+
+def without_reference(cells: list[Cell]) -> Iterator[str]:
+    """A sentence for each name that arms are compared with and that no arm has."""
+    named = [cell for cell in cells if cell.name]
+    names = {cell.name for cell in named}
+    compared = {cell.reference: cell.name for cell in named}  # reference -> an arm
+    for reference in sorted(compared.keys() - names):
+        yield (f"{compared[reference]!r} is compared with {reference!r}, and no arm has that name"
+               f"{nearest(reference, names)}: give an arm this name, or set `reference` (in an "
+               "arm, or for the whole study) to the name of one")

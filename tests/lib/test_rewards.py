@@ -175,7 +175,7 @@ def test_one_file_a_step_and_a_repeated_step_replaces_itself(tmp_path):
 def test_many_steps_keep_their_order(tmp_path):
     run(tmp_path, steps=(9, 10, 99, 100, 999_999, 1_000_000), groups=1, size=1)
     assert rewardlog.read_log(tmp_path).step.tolist() == [9, 10, 99, 100, 999_999, 1_000_000]
-    rewardlog.drop_steps_from(tmp_path / "rewards", 100)
+    rewardlog.drop_steps_from(tmp_path, 100)
     assert rewardlog.read_log(tmp_path).step.tolist() == [9, 10, 99]
 
 
@@ -198,7 +198,7 @@ def test_a_kill_while_writing_leaves_half_a_file_that_nobody_reads(tmp_path):
     (tmp_path / "rewards/step-000003.part").write_bytes(half)
     (tmp_path / "rewards.parquet.part").write_bytes(half)
     assert rewardlog.read_log(tmp_path).step.unique().tolist() == [0, 1, 2]
-    rewardlog.drop_steps_from(tmp_path / "rewards", 2)
+    rewardlog.drop_steps_from(tmp_path, 2)
     run(tmp_path, steps=(2, 3))
     rewardlog.join_log(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["rewards.parquet"]
@@ -215,7 +215,7 @@ def test_a_kill_while_the_joined_log_replaces_its_steps_loses_and_repeats_nothin
     for file, content in kept:
         file.write_bytes(content)
     pd.testing.assert_frame_equal(rewardlog.read_log(tmp_path), log)
-    rewardlog.drop_steps_from(tmp_path / "rewards", 3)  # the checkpoint that the run goes on from is older than its log
+    rewardlog.drop_steps_from(tmp_path, 3)  # the checkpoint that the run goes on from is older than its log
     assert rewardlog.read_log(tmp_path).step.unique().tolist() == [0, 1, 2]
     run(tmp_path, channel(label_flip_rate=1), steps=(3, 4))
     rewardlog.join_log(tmp_path)

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from conftest import papermill
 
-from runner import ROOT, files, parameters, provenance, rewardlog, runs
+from runner import ROOT, checkpoints, files, parameters, provenance, rewardlog, runs
 
 SETTINGS = dict(max_steps=10, save_steps=2, eval_interval=0, label_flip_rate=0.3)
 NOT_COMPARED = ("seconds/", "train_runtime", "train_samples_per_second", "train_steps_per_second", "step_time",
@@ -119,7 +119,7 @@ def test_without_a_whole_checkpoint_a_run_starts_again(copy, begin):
 def test_a_run_does_not_go_on_behind_a_step_that_its_log_lacks(half, harm, step, goes_on_from, begin):
     harm(half / f"rewards/step-{step:06d}.parquet")
     started, checkpoint = begin(half)
-    assert (checkpoint and runs._step(checkpoint)) == goes_on_from
+    assert (checkpoint and checkpoints.step_of(checkpoint)) == goes_on_from
     assert goes_on_from or f"the reward log is whole up to step {step} only" in started["mended"][0]
 
 
@@ -180,7 +180,7 @@ def test_half_a_run_with_a_damaged_record(half, name, goes_on_from, harm, begin)
     """The name of the folder says which parameters; only provenance.json says whose policy the checkpoints are."""
     harm(half / name)
     started, checkpoint = begin(half)
-    assert (checkpoint and runs._step(checkpoint)) == goes_on_from
+    assert (checkpoint and checkpoints.step_of(checkpoint)) == goes_on_from
     assert goes_on_from or "provenance.json is missing or cut off" in started["mended"]
     assert parameters.Params(**json.loads((half / "params.json").read_text())) == parameters.resolve("tiny", **SETTINGS)
 
@@ -391,10 +391,10 @@ def test_the_newest_checkpoints_are_kept_whatever_their_times(copy):
     """A clock that was set back makes the newest checkpoint look the oldest."""
     for step in (4, 6, 12):
         shutil.copytree(copy / "checkpoints/checkpoint-8", copy / f"checkpoints/checkpoint-{step}")
-    for age, path in enumerate(runs._checkpoints(copy)):
+    for age, path in enumerate(checkpoints.checkpoints(copy)):
         os.utime(path, (1e9 + age, 1e9 + age))
-    runs.keep_checkpoint(copy, 12)
-    assert [p.name for p in runs._checkpoints(copy)] == ["checkpoint-12", "checkpoint-10"]
+    checkpoints.keep_checkpoint(copy, 12)
+    assert [p.name for p in checkpoints.checkpoints(copy)] == ["checkpoint-12", "checkpoint-10"]
     assert not files.unsealed(copy / "checkpoints/checkpoint-12")
 
 
@@ -417,12 +417,12 @@ def test_a_run_repeated_with_an_edited_notebook_says_so(workspace, whole):
     assert "rewards.parquet" in record(folder)["mended"][0] and record(folder)["resumed_from"] == []
     one, other = record(whole)["code"], record(folder)["code"]
     assert one == [provenance.code()]
-    assert other[0]["lib"] == one[0]["lib"] and other[0]["notebook"] != one[0]["notebook"]
+    assert other[0]["modules"] == one[0]["modules"] and other[0]["notebook"] != one[0]["notebook"]
     note = runs.code_note(pd.Series({"a": one, "b": one, "c": other}))
-    assert "2 versions" in note and "2 runs, such as a" in note and "1 runs, such as c" in note
+    assert "two versions of the training code (2 and 1 runs)" in note
     assert runs.code_note(pd.Series({"a": one, "b": one, "c": None})) == ""
     resumed = pd.Series({"a": one, "b": str(one + other)})  # a table keeps the list as text
-    assert "1 runs, such as b" in runs.code_note(resumed)
+    assert "(2 and 1 runs)" in runs.code_note(resumed)
 
 
 def test_parameters_are_no_code():

@@ -198,12 +198,12 @@ def test_yaml_runs_no_code(tmp_path, marker):
 
 
 @pytest.mark.parametrize("body, part", [
-    ("fixed: {output_dir: ../../x}", "study.yaml: output_dir='../../x' leaves the project"),
-    ("fixed: {output_dir: /tmp/x}", "study.yaml: output_dir='/tmp/x' leaves the project"),
+    ("fixed: {output_dir: ../../x}", "study.yaml, arm 1: output_dir='../../x' leaves the project"),
+    ("fixed: {output_dir: /tmp/x}", "study.yaml, arm 1: output_dir='/tmp/x' leaves the project"),
     ("fixed: {output_dir: x}", "study.yaml, arm 1: 'output_dir' cannot be set in an arm"),
-    ("fixed: {data_dir: ../../x}", "study.yaml: data_dir='../../x' leaves the project"),
-    ("fixed: {data_dir: [arithmetic, ~/x]}", "study.yaml: data_dir='~/x' leaves the project"),
-    ("profiles: {tiny: {fixed: {data_dir: /etc}}}", "study.yaml: data_dir='/etc' leaves the project"),
+    ("fixed: {data_dir: ../../x}", "study.yaml, arm 1: data_dir='../../x' leaves the project"),
+    ("fixed: {data_dir: [arithmetic, ~/x]}", "study.yaml, arm 1: data_dir='~/x' leaves the project"),
+    ("profiles: {tiny: {fixed: {data_dir: /etc}}}", "study.yaml, arm 1: data_dir='/etc' leaves the project"),
     ("fixed: {profile: ../x}", "study.yaml, arm 1: 'profile' cannot be set"),
     ("eval_limit: ../../x", "study.yaml: eval_limit='../../x': input should be a valid integer"),
     ("eval_split: ../../x", "study.yaml: eval_split='../../x'"),

@@ -1,0 +1,55 @@
+"""The checkpoints of a run: which are kept, and from which a run can go on exactly."""
+
+import shutil
+from pathlib import Path
+
+from runner.files import SUMS, seal, unsealed
+from runner.rewardlog import logged_until
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, newest step first. Not by their times: a clock can be wrong."""
+    return sorted((folder / "checkpoints").glob("checkpoint-*"), key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimiser steps that a checkpoint has behind it."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def keep_checkpoint(folder: Path, step: int, keep: int = 2):
+    """Seal the checkpoint that was just written, and delete all but the newest `keep`.
+
+    Not left to the trainer, which takes the oldest by modification time: after a clock was set
+    back, that is the newest.
+    """
+    path = folder / f"checkpoints/checkpoint-{step}"
+    seal(path, *sorted(file.name for file in path.iterdir() if file.name != SUMS))
+    for old in checkpoints(folder)[keep:]:
+        shutil.rmtree(old)
+
+
+def last_checkpoint(folder: Path, every: int) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that can be resumed exactly, or None; and why newer ones cannot.
+
+    It must be as it was sealed, at a multiple of `every` steps, and the reward log must be whole up
+    to it. every: optimiser steps on one batch of rollouts (num_iterations), because TRL makes its
+    rollouts anew when it resumes. ValueError if there are checkpoints and none is at such a step.
+    """
+    found, logged = checkpoints(folder), logged_until(folder, every)
+    aligned = [path for path in found if step_of(path) % every == 0]
+    if found and not aligned:
+        steps = sorted(map(step_of, found))
+        raise ValueError(f"{folder.name}: checkpoints at steps {steps} are not multiples of "
+                         f"{every} (num_iterations), so none can be resumed exactly: delete the "
+                         "folder to start again")
+    passed_over = []
+    for path in aligned:
+        wrong = unsealed(path)
+        if wrong:
+            passed_over.append(f"{path.name}: {', '.join(wrong)} missing, cut off or changed")
+        elif step_of(path) > logged:
+            passed_over.append(f"{path.name}: the reward log is whole up to step {logged} only")
+        else:
+            return path, passed_over
+    return None, passed_over

@@ -1,0 +1,171 @@
+"""Studies: grids in YAML, read as a person means them, and refused with all their mistakes at once."""
+
+import pytest
+
+from runner import parameters, studies
+
+
+def load(folder, text, profile="tiny"):
+    """The study that a file with this text (or these bytes) says."""
+    data = text if isinstance(text, bytes) else text.encode()
+    (folder / "bad.yaml").write_bytes(data)
+    return studies.load_study(str(folder / "bad.yaml"), profile)
+
+
+def refusal(folder, text):
+    """The message with which such a file is refused."""
+    with pytest.raises(ValueError) as error:
+        load(folder, text)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("title: t\narms: [{}]\nseeds: [0]\nsedes: [1]\n", ["bad.yaml: 'sedes' is not a parameter", "'seeds'"]),
+    ("title: t\narms: [{lable_flip_rate: 0.1}]\nseeds: [0]\n", ["bad.yaml, arm 1", "'label_flip_rate'"]),
+    ("title: t\narms: [{}, {mask_rate: [0.1, 2]}]\nseeds: [0]\n", ["bad.yaml, arm 2", "mask_rate=2"]),
+    ("title: t\narms: [{}]\nseeds: []\n", ["bad.yaml: seeds=[]"]),
+    ("title: t\narms: []\nseeds: [0]\n", ["bad.yaml: arms=[]"]),
+    ("arms: [{}]\nseeds: [0]\n", ["bad.yaml: title is missing"]),
+    ("title: t\narms: [{mask_rate: []}]\nseeds: [0]\n", ["bad.yaml, arm 1", "mask_rate is an empty list"]),
+    ("title: t\narms: [{}]\nseeds: [-3]\n", ["bad.yaml: seeds.0=-3", "greater than or equal to 0"]),
+    ("title: t\narms: [{}]\nseeds: [true]\n", ["bad.yaml: seeds.0=True", "valid integer"]),
+    ("title: t\narms: [{}]\nseeds: [0, 0]\n", ["occur twice", "clean-s0-", "keep one"]),
+    ("title: t\narms: [{mask_rate: 0.0}, {mask_rate: -0.0}]\nseeds: [0]\n", ["occur twice", "arm 1 and arm 2"]),
+    ("title: t\narms: [{}\nseeds: [0]\n", ["bad.yaml:", "not valid YAML"]),
+    ("title: t\narms: [{}]\nseeds: [0]\nprofiles: {smoll: {seeds: [1]}}\n", ["no profile 'smoll'", "'smol'"]),
+    ("title: t\narms: [{}]\nseeds: [0]\nprofiles: [smol]\n", ["profiles maps a profile's name to what differs"]),
+    ("title: t\narms: [{}]\nseeds: [0]\nnames: {a: [b, c]}\n", ["'names' is not a parameter"]),
+    ("title: t\narms: [{reference: x}]\nseeds: [0]\n", ["arm 1: reference is for arms that have a name"]),
+    ("title: t\narms: [{name: 7}]\nseeds: [0]\n", ["arm 1: name=7 is no text"]),
+    ("title: t\narms: [{name: 'a {'}]\nseeds: [0]\n", ["arm 1: name='a {'", "single '{'"]),
+    ("title: t\narms: [{name: 'a {sed}'}]\nseeds: [0]\n", ["'sed' is none, did you mean 'seed'"]),
+    ("title: t\narms: [{1: 2}]\nseeds: [0]\n", ["bad.yaml: arms.0.1"]),
+    ("- 1\n", ["bad.yaml:1", "mapping"]),
+])
+def test_a_study_with_a_mistake_is_refused(tmp_path, text, words):
+    message = refusal(tmp_path, text)
+    for word in words:
+        assert word in message
+    assert len(message.splitlines()) == 1
+
+
+def test_all_mistakes_are_listed_at_once(tmp_path):
+    message = refusal(tmp_path, "title: t\nsedes: [1]\nseeds: [0, 1]\nprofiles: {tinny: {}}\n"
+                                "arms: [{}, {mask_rate: [2, 3]}, {sed: 1}, {mask_rate: 0.0}, {optim: []}]\n")
+    found = [line.removeprefix("bad.yaml") for line in message.splitlines()]
+    assert [line[:40] for line in found] == [
+        ": there is no profile 'tinny', did you mean 'tiny'?"[:40],
+        ": 'sedes' is not a parameter, did you mean 'seeds'?"[:40],
+        ", arm 2: mask_rate=2: input should be less than"[:40],
+        ", arm 2: mask_rate=3: input should be less than"[:40],
+        ", arm 3: 'sed' is not a parameter, did you mean 'seed'?"[:40],
+        ", arm 5: optim is an empty list, so the arm has no run"[:40],
+        ": 2 runs occur twice, the first is clean-s0-"[:40],
+    ]
+
+
+# --- YAML
+
+
+@pytest.mark.parametrize("text, words", [
+    ("title: t\ntitle: u\narms: [{}]\nseeds: [0]\n", "bad.yaml:2: 'title' is given twice, first in line 1"),
+    ("title: t\narms:\n  - mask_rate: 0.1\n    mask_rate: 0.2\nseeds: [0]\n",
+     "bad.yaml:4: 'mask_rate' is given twice, first in line 3: keep one"),
+    ("title: t\narms: [{}]\nseeds: [010]\n", "bad.yaml:3: YAML reads 010 as 8: write a plain decimal number"),
+    ("title: t\narms: [{}]\nseeds: [0x1F]\n", "bad.yaml:3: YAML reads 0x1F as 31"),
+    ("title: t\narms: [{}]\nseeds: [1_0]\n", "bad.yaml:3: YAML reads 1_0 as 10"),
+    ("title: t\narms: [{}]\nseeds:\n- 1:30\n", "bad.yaml:4: YAML reads 1:30 as 90"),
+    ("title: t\narms: [{mask_rate: 0:0.5}]\nseeds: [0]\n", "bad.yaml:2: YAML reads 0:0.5 as 0.5"),
+    ("title: t\narms: [{label_flip_rate: yes}]\nseeds: [0]\n", "bad.yaml:2: YAML reads yes as True"),
+    ("title: t\narms: [{label_flip_rate: off}]\nseeds: [0]\n", "bad.yaml:2: YAML reads off as False"),
+    ("title: t\narms: [{temperature: .inf}]\nseeds: [0]\n", "bad.yaml:2: YAML reads .inf as inf"),
+    ("title: t\narms: [{grpo_beta: .nan}]\nseeds: [0]\n", "bad.yaml:2: YAML reads .nan as nan"),
+    ("title: 2026-11-28\narms: [{}]\nseeds: [0]\n", "bad.yaml:1: YAML reads 2026-11-28 as 2026-11-28"),
+    ("title: t\x01\narms: [{}]\nseeds: [0]\n", "bad.yaml:1: not valid YAML: special characters are not allowed"),
+    ("title: Größe\narms: [{}]\nseeds: [0]\n".encode("latin-1"), "bad.yaml:1: not UTF-8: save the file as UTF-8"),
+    ("title: t\narms: [{}]\nseeds: [0]\n".encode("utf-16"), "bad.yaml:1: not UTF-8: save the file as UTF-8"),
+    ("title: " + "[" * 100_000, "bad.yaml: brackets are nested too deeply for a study"),
+])
+def test_what_yaml_would_take_for_something_else_is_refused(tmp_path, text, words):
+    message = refusal(tmp_path, text)
+    assert message.startswith(words) and len(message.splitlines()) == 1
+
+
+def test_mistakes_of_yaml_are_listed_in_the_order_of_lines(tmp_path):
+    message = refusal(tmp_path, "title: t\narms: [{mask_rate: no}]\nseeds: [010]\nseeds: [1:30]\n")
+    assert [line.split(": ")[0] for line in message.splitlines()] == [
+        "bad.yaml:2", "bad.yaml:3", "bad.yaml:4", "bad.yaml:4"]
+
+
+@pytest.mark.parametrize("text, value", [
+    ("0.001", 0.001), ("1.0e-3", 0.001), ("1e-3", 0.001), (".5", 0.5), ("1.", 1.0), ("2", 2.0), ("+0.1", 0.1)])
+def test_plain_numbers_are_what_they_look_like(tmp_path, text, value):
+    _, [run] = load(tmp_path, f"title: t\narms: [{{learning_rate: {text}}}]\nseeds: [0]\n")
+    assert run.learning_rate == value
+
+
+def test_what_is_in_quotes_is_text(tmp_path):
+    study, _ = load(tmp_path, "\ufefftitle: 'yes'\narms: [{name: '010'}]\nreference: '010'\nseeds: [0]\n")
+    assert study.title == "yes" and list(study.names.values()) == [("010", "010")]
+
+
+def test_a_profile_is_read_as_strictly(tmp_path, monkeypatch):
+    monkeypatch.setattr(parameters, "PROFILES", tmp_path)
+    (tmp_path / "p.yaml").write_text("model: tiny\ndata_dir: arithmetic\nseed: 010\nmax_steps: 1\nmax_steps: 2\n")
+    with pytest.raises(ValueError, match="p.yaml:3: YAML reads 010 as 8(?s:.*)p.yaml:5: 'max_steps' is given twice"):
+        parameters.resolve("p")
+
+
+# --- arms
+
+
+def test_an_arm_without_the_one_that_it_is_compared_with_is_refused(tmp_path):
+    """Also if there is a clean arm without a name: references are names."""
+    for clean in ("", "{}, "):
+        message = refusal(tmp_path, f"title: t\narms: [{clean}{{name: a, mask_rate: 0.1}}]\nseeds: [0]\n")
+        assert message.startswith("bad.yaml: 'a' is compared with 'clean', and no arm has that name")
+        assert "give an arm this name, or set `reference`" in message
+    message = refusal(tmp_path, "title: t\nreference: clen\narms: [{name: clean}, {name: a, mask_rate: 0.1}]\n"
+                                "seeds: [0]\n")
+    assert "compared with 'clen', and no arm has that name, did you mean 'clean'?" in message
+
+
+def test_a_study_without_names_needs_no_clean_arm(tmp_path):
+    study, grid = load(tmp_path, "title: t\narms: [{mask_rate: [0.1, 0.2]}]\nseeds: [0, 1]\n")
+    assert len(grid) == 4 and study.arm_and_reference(grid[0]) == ("mask 0.1", "clean")
+
+
+def test_names_stand_for_values(tmp_path):
+    study, grid = load(tmp_path, "title: t\nreference: G={num_generations}\nseeds: [0]\n"
+                                 "arms: [{num_generations: [4, 8], name: 'G={num_generations}'}]\n")
+    assert [study.arm_and_reference(run) for run in grid] == [("G=4", "G=4"), ("G=8", "G=8")]
+
+
+def test_seeds_and_base_policies_are_crossed_or_go_in_turn(tmp_path):
+    text = "title: t\narms: [{}]\nseeds: [0, 1, 2]\nbase_seeds: [0, 1]\n"
+    crossed = {(run.seed, run.base_seed) for run in load(tmp_path, text)[1]}
+    assert crossed == {(seed, base) for seed in (0, 1, 2) for base in (0, 1)}
+    in_turn = [(run.seed, run.base_seed) for run in load(tmp_path, text + "cross_base_seeds: false\n")[1]]
+    assert in_turn == [(0, 0), (1, 1), (2, 0)]
+
+
+# --- the files that come with the project
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in studies.STUDIES.glob("*.yaml")))
+def test_the_studies_are_valid_and_no_run_occurs_twice(name):
+    study, grid = studies.load_study(name, "tiny")
+    assert len({parameters.run_id(p) for p in grid}) == len(grid) >= len(study.seeds)
+
+
+def test_a_study_may_differ_for_a_profile(tmp_path):
+    text = "title: t\narms: [{}]\nseeds: [0]\nprofiles: {smol: {seeds: [4, 5]}}\n"
+    assert [p.seed for p in load(tmp_path, text)[1]] == [0]
+    assert [p.seed for p in load(tmp_path, text, "smol")[1]] == [4, 5]
+
+
+def test_unknown_study_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'flip'"):
+        studies.load_study("flp", "tiny")
+    with pytest.raises(ValueError, match=r"study=\['flip', 'mask'\] is not a name: give one study"):
+        studies.load_study(["flip", "mask"], "tiny")
