@@ -48,13 +48,14 @@ def score_vectors(model, input_ids, attention_mask, completion_mask, *, temperat
 
 
 def _trained_layers(model) -> list[torch.nn.Linear]:
-    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight.requires_grad]
-    covered = {id(m.weight) for m in layers}
-    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in covered]
-    if others or not layers:
+    trained = [(module, f"{place}.{name}") for place, module in model.named_modules()
+               for name, p in module.named_parameters(recurse=False) if p.requires_grad]
+    others = [name for module, name in trained
+              if not (isinstance(module, torch.nn.Linear) and name.endswith(".weight"))]
+    if others or not trained:
         raise ValueError(f"scores are read off linear layers, and {others[:3] or 'no weight at all'} "
                          "is trained: give a model with a LoRA adapter on its linear layers")
-    return layers
+    return [module for module, _ in trained]
 
 
 def _record(model, layers, batch, temperature) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -111,13 +112,14 @@ def loss_weights(lengths, loss_type: str, max_completion_length: int) -> np.ndar
 # --- channels: redrawn ------------------------------------------------------------------------------
 
 
-def redraw(chan: noise.Channel, t: np.ndarray, prompts: list[str], draws: int, noise_seed: int = 0) -> np.ndarray:
-    """Observed rewards (draws, M, G): the channel of lib.noise on the same rollouts, once a step."""
+def redraw(chan: noise.Channel, t: np.ndarray, prompts: list[str], draws: int) -> np.ndarray:
+    """Observed rewards (draws, M, G): lib.noise on the same rollouts, under noise seeds 0, 1, 2, ..."""
     groups, G = t.shape
-    step, group, rollout = (x.ravel() for x in np.indices((draws, groups, G)))
-    ids = np.asarray(prompts, object)[group]
-    observed = noise.observe(chan, t[group, rollout], noise_seed, step, ids, rollout)
-    return observed.reshape(draws, groups, G)
+    step = np.zeros(t.size, int)
+    ids = np.repeat(np.asarray(prompts, object), G)
+    rollout = np.tile(np.arange(G), groups)
+    drawn = [noise.observe(chan, t.ravel(), seed, step, ids, rollout) for seed in range(draws)]
+    return np.reshape(drawn, (draws, groups, G))
 
 
 def cosine(x: np.ndarray, y: np.ndarray) -> np.ndarray:
