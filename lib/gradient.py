@@ -185,7 +185,7 @@ def compressed(g: Groups) -> Groups:
 def outcomes(chan: noise.Channel, k: int, G: int) -> tuple[np.ndarray, np.ndarray]:
     """What a channel can make of a group whose first k completions are right: p (n,), rewards (n, G)."""
     a, b, m = chan.false_positive_rate, chan.false_negative_rate, chan.abstain_rate
-    if chan.level == "rollout":
+    if chan.noise_level == "rollout":
         p_right, of_right = _class_outcomes(k, 1 - b, m)
         p_wrong, of_wrong = _class_outcomes(G - k, a, m)
         i, j = np.indices((len(p_right), len(p_wrong))).reshape(2, -1)
@@ -267,19 +267,17 @@ def step(g: Groups, given: Given, reference: np.ndarray, n: int, prompts=None, w
     """
     mean = mean_gradients(g, given)
     prompts = np.arange(len(mean)) if prompts is None else np.unique(prompts, return_inverse=True)[1]
-    weights = np.ones(prompts.max() + 1) if weights is None else np.asarray(weights, float)
-    each = weights[prompts]
-    total = each.sum()
-    of_prompt = np.zeros((2, len(weights), mean.shape[1]))
-    np.add.at(of_prompt[0], prompts, mean)
-    np.add.at(of_prompt[1], prompts, reference)
-    sizes = np.bincount(prompts, minlength=len(weights))
+    belongs = np.eye(prompts.max() + 1)[prompts]
+    weights = np.ones(belongs.shape[1]) if weights is None else np.asarray(weights, float)
+    each, sizes = weights[prompts], belongs.sum(0)
+    pairs = each.sum() ** 2 - ((weights * sizes) ** 2).sum()
 
     def product(x, y):
-        same = (weights**2 * (x * y).sum(1)).sum()
-        return ((weights @ x) @ (weights @ y) - same) / (total**2 - (weights**2 * sizes**2).sum())
+        x, y = weights[:, None] * (belongs.T @ x), weights[:, None] * (belongs.T @ y)
+        return (x.sum(0) @ y.sum(0) - (x * y).sum()) / pairs
 
-    signal, along = product(of_prompt[0], of_prompt[0]), product(*of_prompt)
-    within = each @ (mean**2).sum(1) / total
-    sampling, channel = (within - signal) / n, (each @ mean_squares(g, given) / total - within) / n
-    return Step(signal, sampling, channel, along / np.sqrt(product(of_prompt[1], of_prompt[1])))
+    signal = product(mean, mean)
+    within = np.average((mean**2).sum(1), weights=each)
+    all_in = np.average(mean_squares(g, given), weights=each)
+    along = product(mean, reference) / np.sqrt(product(reference, reference))
+    return Step(signal, (within - signal) / n, (all_in - within) / n, along)
