@@ -6,7 +6,6 @@ import sys
 
 import nbformat
 import pytest
-from peft import get_peft_model
 from trl import GRPOConfig
 from trl.trainer.utils import ensure_master_addr_port
 
@@ -88,18 +87,6 @@ def test_what_an_engine_would_compute_otherwise_is_refused(given, words):
         parameters.resolve("smol", **given)
 
 
-def test_the_frozen_weights_are_put_back():
-    params = parameters.resolve("tiny")
-    model = get_peft_model(policies.tiny_model(0), policies.lora(params))
-    frozen = policies.frozen_weights(model)
-    before = policies.weights_hash(model)
-    for _, p in model.named_parameters():
-        p.data += 0.25 * (not p.requires_grad)
-    assert policies.weights_hash(model) != before
-    policies.restore(model, frozen)
-    assert policies.weights_hash(model) == before
-
-
 def test_the_options_are_ones_that_the_trainer_knows(machine):
     machine(says="81559")
     params, model = parameters.resolve("smol", engine="vllm"), policies.tiny_model(0)
@@ -169,14 +156,3 @@ def test_a_run_out_of_memory_gets_advice_and_no_second_try(tmp_path, monkeypatch
     result = sweep.execute(parameters.resolve("tiny").model_dump(), 0.25)
     assert result["status"] == "failed" and not result["retry"]
     assert said in result["message"] and "--gpus-per-run" in result["message"]
-
-
-def test_a_turn_of_chat_ends_an_answer():
-    tokenizer = policies.tiny_tokenizer()
-    assert policies.end_of_turn(tokenizer, "chat") == tokenizer.eos_token_id  # no turns in its vocabulary
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
-    assert policies.end_of_turn(tokenizer, "none") == tokenizer.eos_token_id
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    model = policies.tiny_model(0)
-    assert policies.end_of_turn(tokenizer, "qwen-math") == end
-    assert policies.stop_tokens(tokenizer, "qwen-math", model) == sorted({tokenizer.eos_token_id, end})
