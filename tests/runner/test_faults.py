@@ -423,9 +423,3 @@ def test_a_run_repeated_with_an_edited_notebook_says_so(workspace, whole):
     assert runs.code_note(pd.Series({"a": one, "b": one, "c": None})) == ""
     resumed = pd.Series({"a": one, "b": str(one + other)})  # a table keeps the list as text
     assert "(2 and 1 runs)" in runs.code_note(resumed)
-
-
-def test_parameters_are_no_code():
-    cells = ["", "seed = 1", "# Parameters\nseed = 2\n", "print(1)\n"]
-    assert provenance.code(cells) == provenance.code(["seed = 3  # other", "print(1)"])
-    assert provenance.code(cells) != provenance.code(["print(2)"])
