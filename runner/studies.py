@@ -73,11 +73,10 @@ class Study(StudyFile):
 
 
 class Cell(NamedTuple):
-    """A run of a study, the number of its arm, and what the arm is called if it has a name."""
+    """A run of a study, and what its arm is called if it has a name."""
 
     params: Params
-    arm: int
-    name: str | None
+    name: str
     reference: str
 
 
@@ -93,7 +92,7 @@ def load_study(name: str, profile: str) -> tuple[Study, list[Params]]:
     defaults = profile_defaults(profile, file.use_selected)  # read once, not once a run
     cells: list[Cell] = []
     for number, arm in enumerate(file.arms, 1):
-        found, wrong = cells_of(file, number, arm, defaults)
+        found, wrong = cells_of(file, arm, defaults)
         cells += found
         mistakes += [f"{path.name}, arm {number}: {what}" for what in wrong]
     mistakes += [f"{path.name}: {what}" for what in repeated(cells)]
@@ -131,14 +130,15 @@ def checked(values: dict, where: str, mistakes: list[str]) -> StudyFile:
     return StudyFile.model_validate({"title": "", "arms": [{}], "seeds": [0]} | right)
 
 
-def cells_of(file: StudyFile, number: int, arm: dict[str, Any],
-             defaults: dict[str, Any]) -> tuple[list[Cell], list[str]]:
+def cells_of(file: StudyFile, arm: dict, defaults: dict) -> tuple[list[Cell], list[str]]:
     """The runs of one arm, and what is wrong with it."""
     settings = file.fixed | arm
+    if "name" in settings:
+        settings.setdefault("reference", file.reference)
     mistakes = list(wrong_settings(settings))
     if mistakes:
         return [], mistakes
-    name, reference = settings.pop("name", None), settings.pop("reference", file.reference)
+    name, reference = settings.pop("name", ""), settings.pop("reference", "")
     lists = {key: as_list(value) for key, value in settings.items()}
     cells = []
     for (base_seed, seed), *values in itertools.product(replicates(file), *lists.values()):
@@ -149,7 +149,7 @@ def cells_of(file: StudyFile, number: int, arm: dict[str, Any],
             mistakes += mistakes_in_words(Params, report)
             continue
         shown = params.model_dump()
-        cells.append(Cell(params, number, name and name.format(**shown), reference.format(**shown)))
+        cells.append(Cell(params, name.format(**shown), reference.format(**shown)))
     return cells, list(dict.fromkeys(mistakes))  # a mistake is the same for every seed
 
 
@@ -193,14 +193,10 @@ def wrong_template(key: str, template: Any) -> Iterator[str]:
 
 
 def repeated(cells: list[Cell]) -> Iterator[str]:
-    """A sentence if runs occur twice."""
-    names = [run_id(cell.params) for cell in cells]
-    twice = [name for name, times in Counter(names).items() if times > 1]
-    if twice:
-        first = twice[0]
-        arms = {cell.arm for cell, name in zip(cells, names, strict=True) if name == first}
-        where = " and ".join(f"arm {number}" for number in sorted(arms))
-        yield f"{len(twice)} runs occur twice, the first is {first} (in {where}): keep one of each"
+    """A sentence for each run that occurs more than once."""
+    for name, times in Counter(run_id(cell.params) for cell in cells).items():
+        if times > 1:
+            yield f"the run {name} occurs {times} times: keep one of them"
 
 
 def without_reference(cells: list[Cell]) -> Iterator[str]:

@@ -29,8 +29,8 @@ def refusal(folder, text):
     ("title: t\narms: [{mask_rate: []}]\nseeds: [0]\n", ["bad.yaml, arm 1", "mask_rate is an empty list"]),
     ("title: t\narms: [{}]\nseeds: [-3]\n", ["bad.yaml: seeds.0=-3", "greater than or equal to 0"]),
     ("title: t\narms: [{}]\nseeds: [true]\n", ["bad.yaml: seeds.0=True", "valid integer"]),
-    ("title: t\narms: [{}]\nseeds: [0, 0]\n", ["occur twice", "clean-s0-", "keep one"]),
-    ("title: t\narms: [{mask_rate: 0.0}, {mask_rate: -0.0}]\nseeds: [0]\n", ["occur twice", "arm 1 and arm 2"]),
+    ("title: t\narms: [{}]\nseeds: [0, 0]\n", ["the run clean-s0-", "occurs 2 times", "keep one"]),
+    ("title: t\narms: [{mask_rate: 0.0}, {mask_rate: -0.0}]\nseeds: [0]\n", ["the run clean-s0-", "occurs 2 times"]),
     ("title: t\narms: [{}\nseeds: [0]\n", ["bad.yaml:", "not valid YAML"]),
     ("title: t\narms: [{}]\nseeds: [0]\nprofiles: {smoll: {seeds: [1]}}\n", ["no profile 'smoll'", "'smol'"]),
     ("title: t\narms: [{}]\nseeds: [0]\nprofiles: [smol]\n", ["profiles maps a profile's name to what differs"]),
@@ -39,6 +39,7 @@ def refusal(folder, text):
     ("title: t\narms: [{name: 7}]\nseeds: [0]\n", ["arm 1: name=7 is no text"]),
     ("title: t\narms: [{name: 'a {'}]\nseeds: [0]\n", ["arm 1: name='a {'", "single '{'"]),
     ("title: t\narms: [{name: 'a {sed}'}]\nseeds: [0]\n", ["'sed' is none, did you mean 'seed'"]),
+    ("title: t\nreference: 'a {sed}'\narms: [{name: a}]\nseeds: [0]\n", ["'sed' is none, did you mean 'seed'"]),
     ("title: t\narms: [{1: 2}]\nseeds: [0]\n", ["bad.yaml: arms.0.1"]),
     ("- 1\n", ["bad.yaml:1", "mapping"]),
 ])
@@ -53,14 +54,15 @@ def test_all_mistakes_are_listed_at_once(tmp_path):
     message = refusal(tmp_path, "title: t\nsedes: [1]\nseeds: [0, 1]\nprofiles: {tinny: {}}\n"
                                 "arms: [{}, {mask_rate: [2, 3]}, {sed: 1}, {mask_rate: 0.0}, {optim: []}]\n")
     found = [line.removeprefix("bad.yaml") for line in message.splitlines()]
-    assert [line[:40] for line in found] == [
+    assert [line[:19 if "occurs 2 times" in line else 40] for line in found] == [
         ": there is no profile 'tinny', did you mean 'tiny'?"[:40],
         ": 'sedes' is not a parameter, did you mean 'seeds'?"[:40],
         ", arm 2: mask_rate=2: input should be less than"[:40],
         ", arm 2: mask_rate=3: input should be less than"[:40],
         ", arm 3: 'sed' is not a parameter, did you mean 'seed'?"[:40],
         ", arm 5: optim is an empty list, so the arm has no run"[:40],
-        ": 2 runs occur twice, the first is clean-s0-"[:40],
+        ": the run clean-s0-",
+        ": the run clean-s1-",
     ]
 
 
