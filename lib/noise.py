@@ -53,7 +53,7 @@ class Channel:
         return 1 - self.false_positive_rate - self.false_negative_rate
 
     def change_rate(self, true_reward: np.ndarray, completion_tokens: np.ndarray) -> np.ndarray:
-        """The probability (n,) that each reward is changed. Lengths play no part as yet."""
+        """The probability (n,) that each reward is changed, given its verdict and its length."""
         return np.where(true_reward == 1, self.false_negative_rate, self.false_positive_rate)
 
 
@@ -162,7 +162,7 @@ def uniforms(noise_seed: int, noise_level: str, step, sample_id, rollout,
 
 
 def observe(chan: Channel, true_reward, noise_seed: int, step, sample_id, rollout,
-            completion_tokens=None) -> np.ndarray:
+            completion_tokens=0) -> np.ndarray:
     """Observed rewards: float64 (n,) of 0, 1 or NaN (withheld), from true rewards (n,) of 0 or 1.
 
     step, sample_id, rollout: their keys, see `uniforms`. completion_tokens: lengths (n,), for
@@ -174,7 +174,7 @@ def observe(chan: Channel, true_reward, noise_seed: int, step, sample_id, rollou
     if len(other):
         raise ValueError(f"a true reward must be 0 or 1, got {t[other[0]]:g} in row {other[0]}")
     key = noise_seed, chan.noise_level, step, sample_id, rollout
-    changed = uniforms(*key) < chan.change_rate(t, completion_tokens)
+    changed = uniforms(*key) < chan.change_rate(t, np.asarray(completion_tokens))
     r = np.where(changed, 1 - t, t)
     if chan.abstain_rate:
         r[uniforms(*key, "abstain") < chan.abstain_rate] = np.nan
@@ -196,7 +196,7 @@ def replay(log: "pd.DataFrame", chan: Channel, noise_seed: int) -> "pd.DataFrame
     if twice:
         raise ValueError(f"{twice} completions are logged twice: the log is not that of one run")
     drawn = observe(chan, log[verdict], noise_seed, log.step, log.sample_id.tolist(), log.rollout,
-                    log.get("completion_tokens"))
+                    log.get("completion_tokens", 0))
     same = (drawn == log.observed_reward) | (np.isnan(drawn) & log.observed_reward.isna())
     return log[~same].assign(drawn=drawn[~same])
 

@@ -103,7 +103,7 @@ def noisy_reward(verifier: Verifier, chan: noise.Channel, noise_seed: int, log,
         step = np.full(len(problems), trainer_state.global_step)
         rollout = pd.Series(problems).groupby(problems).cumcount().to_numpy()
         tokens = [len(ids) for ids in completion_ids]
-        r = noise.observe(chan, verdict, noise_seed, step, problems, rollout, np.array(tokens))
+        r = noise.observe(chan, verdict, noise_seed, step, problems, rollout, tokens)
         returned = correct(r, problems)
 
         log.write(pa.table({
