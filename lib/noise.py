@@ -9,8 +9,7 @@ label in the answer key).
 
 Draws are a pure function of a key, never of a global generator. Three things follow. A resumed run
 sees the noise of an uninterrupted one. Two runs that differ only in the rate share their draws: the
-completion whose reward is changed at p=.1 is changed at p=.2 too. And `replay` can prove a log row
-by row.
+completion whose reward is changed at p=.1 is changed at p=.2 too. And `replay` can prove a log.
 
 A channel is defined and named here and nowhere else: docs/recipe-channel.md adds one.
 """
@@ -96,10 +95,9 @@ def channel(*, noise_level: str = "rollout", **rates: float) -> Channel:
     unknown = sorted(rates.keys() - NAMED.keys())
     if unknown:
         raise ValueError(f"{unknown[0]!r} names no channel: choose from {', '.join(NAMED)}")
-    used = {name: rates[name] for name in NAMED if rates.get(name)}
     decided: dict[str, float] = {}
     decided_by: dict[str, str] = {}
-    for name, rate in used.items():
+    for name, rate in _used(rates).items():
         _check_probability(name, rate)
         for field, value in NAMED[name].sets(rate).items():
             if field in decided:
@@ -129,14 +127,18 @@ def describe(parameters: Mapping[str, Any]) -> tuple[str, str, float]:
 
 
 def _rates_in_words(parameters: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """(what it is called, its rate) for each rate that is not 0."""
-    rates = {name: parameters.get(name, 0.0) for name in NAMED}
-    called = {name: named.called for name, named in NAMED.items()}
-    a, b = rates["false_positive_rate"], rates["false_negative_rate"]
-    if a and b:  # one channel, not two
+    """What each rate that is not 0 is called, and the rate."""
+    rates = _used(parameters)
+    called = {name: NAMED[name].called for name in rates}
+    if "false_positive_rate" in rates and "false_negative_rate" in rates:  # one channel, not two
+        b = rates.pop("false_negative_rate")
         called["false_positive_rate"] = f"asymmetric (b={b:g})"
-        del called["false_negative_rate"]
-    return [(words, rates[name]) for name, words in called.items() if rates[name]]
+    return [(called[name], rate) for name, rate in rates.items()]
+
+
+def _used(parameters: Mapping[str, Any]) -> dict[str, float]:
+    """The rates that are not 0, in the order of `NAMED`."""
+    return {name: parameters[name] for name in NAMED if parameters.get(name)}
 
 
 # --- draws ----------------------------------------------------------------------------------------
