@@ -1,36 +1,55 @@
-"""Figures of the training and analysis notebooks: tidy frame in, matplotlib Figure out, no file read.
+"""Figures of the notebooks: tidy frame in, matplotlib Figure out.
 
-One style for all: seaborn's colour-blind palette, a marker for each channel, 8 x 4.5 inches at 150 dpi.
-Accuracies and differences are fractions in the frames and percent on the axes. A NaN bound draws no bar.
+Colours are safe for colour-blind readers, and each kind of noise has a shape too. Accuracies and
+differences are fractions in the frames and percent on the axes. Bars are intervals, or missing.
 """
+
 import re
 import textwrap
-from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
-plt.switch_backend(plt.get_backend())  # now: inside rc_context, a notebook would show the first figure only
-SIZE, DPI = (8, 4.5), 150
-STYLE = {"font.size": 11, "axes.titlesize": 12, "axes.titlelocation": "left", "legend.frameon": False,
+from lib import labels
+
+# Choose the backend now: chosen inside rc_context, a notebook would show the first figure only.
+plt.switch_backend(plt.get_backend())
+
+STYLE = {"font.size": 11, "axes.titlesize": 10, "axes.titlelocation": "left",
          "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
-         "figure.constrained_layout.use": True, "figure.dpi": DPI, "savefig.dpi": DPI}
+         "legend.frameon": False, "legend.fontsize": 10, "figure.constrained_layout.use": True,
+         "figure.dpi": 150, "savefig.dpi": 150}
 COLOURS = sns.color_palette("colorblind")
-CHANNELS = {"flip": (COLOURS[0], "o"), "mask": (COLOURS[1], "s"), "false positives": (COLOURS[2], "^"),
-            "false negatives": (COLOURS[4], "v"), "abstain": (COLOURS[3], "D"), "clean": ("black", "o")}
-CLEAN, BASE = "black", "0.45"
-LEVEL_MARKERS = {"rollout": "o", "group": "P", "prompt": "X"}
+SMALL = labels.SIZE
+BASE = {"color": "0.45", "linestyle": "--", "linewidth": 1.2,
+        "label": "base policy, before training"}
+RUNS = {"linestyle": "none", "markersize": 3, "alpha": 0.35}
+PREDICTED = {"color": "black", "marker": "|", "markersize": 13, "linestyle": "none", "zorder": 3}
+# Colour and shape of each kind of noise in every figure; kinds that are not listed look like OTHER.
+KINDS = {"clean": ("black", "o"), "flip": (COLOURS[0], "o"), "mask": (COLOURS[1], "s"),
+         "false positives": (COLOURS[2], "^"), "false negatives": (COLOURS[4], "v"),
+         "asymmetric": (COLOURS[9], "P"), "abstain": (COLOURS[3], "D"),
+         "format only": (COLOURS[5], "X"), "majority vote": (COLOURS[7], "X")}
+OTHER = (COLOURS[6], "h")
+# Who shares a draw shows in the filling of the shape, where several noise levels share an axis.
+FILLS = {"rollout": {}, "group": {"fillstyle": "left", "markerfacecoloralt": "white"},
+         "prompt": {"markerfacecolor": "white"}}
+QUANTITIES = {"silent": "groups without signal", "spurious": "spurious groups",
+              "energy": "mean squared advantage, E[A²]", "gap": "advantage gap"}
+REWARDS = {"clean_mean": ("clean reward (what we want)", COLOURS[2], "-"),
+           "observed_mean": ("observed reward (what GRPO sees)", COLOURS[3], "--")}
 
 
 def save(fig: Figure, path: str | Path) -> Path:
-    """Write a PNG that has the same bytes for the same figure (no date, no software version); close it."""
+    """Write a PNG that has the same bytes for the same figure (no date, no version); close it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, metadata={"Software": None})
@@ -38,280 +57,315 @@ def save(fig: Figure, path: str | Path) -> Path:
     return path
 
 
-def looks(channels) -> dict[str, tuple]:
-    """(colour, marker) of each channel; channels without a fixed look share the remaining ones in turn."""
-    spare = cycle(zip([COLOURS[9], COLOURS[5], COLOURS[7], COLOURS[6]], "PX*h", strict=True))
-    return {c: CHANNELS[c] if c in CHANNELS else next(spare) for c in channels}
-
-
 def kind_and_level(channel: str) -> tuple[str, str]:
-    """A channel's name without its level, and the level: ("flip", "prompt"), or ("flip", "rollout") for "flip"."""
+    """Split a channel into its kind and noise level: ("flip", "rollout") for "flip"."""
     found = re.fullmatch(r"(.*) \((group|prompt)\)", channel)
-    return (found[1], found[2]) if found else (channel, "rollout")
+    return found.groups() if found else (channel, "rollout")
 
 
-def looks_by_level(channels) -> tuple[dict[str, tuple], list[Line2D]]:
-    """(colour, marker) of each channel, and legend handles: colours for kinds, markers for levels if there are two."""
-    named = {c: kind_and_level(c) for c in channels}
-    kinds, levels = (list(dict.fromkeys(names)) for names in zip(*named.values(), strict=True))
-    colours = {k: colour for k, (colour, _) in looks(kinds).items()}
-    if len(levels) < 2:
-        styles = {c: (colours[named[c][0]], marker) for c, (_, marker) in looks(channels).items()}
-        return styles, [Line2D([], [], color=c, marker=m, label=n) for n, (c, m) in styles.items()]
-    styles = {c: (colours[kind], LEVEL_MARKERS[level]) for c, (kind, level) in named.items()}
-    handles = [Line2D([], [], color=colour, linewidth=3, label=k) for k, colour in colours.items()]
-    return styles, handles + [Line2D([], [], color="0.3", marker=LEVEL_MARKERS[v], linestyle="none", label=f"{v} level")
-                              for v in levels]
+def look(channel: str) -> dict:
+    """Return the keywords that draw points in the colour and shape of a channel's kind."""
+    kind = channel.split(" (")[0]  # without the noise level; "asymmetric (b=0.45)" without b
+    colour, marker = KINDS.get(kind, OTHER)
+    return {"color": colour, "marker": marker}
 
 
 def _need(frame: pd.DataFrame, *columns: str):
     missing = [c for c in columns if c not in frame]
-    if missing or frame.empty:
-        raise ValueError(f"nothing to draw: the frame has {len(frame)} rows and lacks the columns {missing}")
+    if missing:
+        raise ValueError(f"nothing to draw: the frame lacks the columns {missing}")
+    if frame.empty:
+        raise ValueError("nothing to draw: the frame has no rows")
 
 
-def _points(ax, x, rows: pd.DataFrame, colour, marker="o", label=None):
-    bars = np.abs(rows[["low", "high"]].to_numpy(float).T - rows["estimate"].to_numpy(float))
-    ax.errorbar(x, rows["estimate"], bars, color=colour, marker=marker, label=label, capsize=3,
-                elinewidth=1.5, markersize=6, linestyle="none")
+def _percent(fraction: float, _position=None) -> str:
+    """Write a fraction in percent, with as many digits as keep the ticks of a narrow axis apart."""
+    value = round(100 * fraction, 6) + 0.0  # + 0.0 makes 0 of -0
+    return f"{value:g}".replace("-", "−")
 
 
-def _channels(ax, table: pd.DataFrame, x: str, base: float | None):
-    """A point an arm over column x, those of one value side by side; the clean point, the base policy, the legend."""
-    clean, noisy = (table[(table["channel"] == "clean") == is_clean].round({x: 6}) for is_clean in (True, False))
-    styles, handles = looks_by_level(noisy["channel"].unique()) if len(noisy) else ({}, [])
-    at, values = noisy.groupby(x)["channel"].unique().map(list), np.unique(table[x].round(6))
-    step = min(0.5 * np.diff(values).min(initial=1) / at.map(len).max(), 0.03 * np.ptp(values)) if len(at) else 0
-    for channel, (colour, marker) in styles.items():
-        rows = noisy[noisy["channel"] == channel].sort_values(x, ascending=x != "J")
-        places = [v + step * (at[v].index(channel) - (len(at[v]) - 1) / 2) for v in rows[x]]
-        if rows[x].nunique() > 1:  # a line to a lone point would show values that nobody ran
-            ax.plot([*clean[x], *places], [*clean["estimate"], *rows["estimate"]], color=colour, linewidth=1.2)
-        _points(ax, places, rows, colour, marker)
-    if len(clean):
-        _points(ax, clean[x], clean, CLEAN)
-        handles = [*handles, Line2D([], [], color=CLEAN, marker="o", linestyle="none", label="clean")]
-    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+def _estimates(ax, part: pd.DataFrame, value: str, low: str, high: str, filled=None):
+    """Draw each row of `part` at its height y, with a bar from `low` to `high`."""
+    for i, row in enumerate(part.to_dict("records")):
+        looks = look(row["channel"])
+        ax.hlines(row["y"], row[low], row[high], color=looks["color"], linewidth=1.2)
+        if filled is not None and not filled.iloc[i]:
+            looks["markerfacecolor"] = "white"
+        ax.plot(row[value], row["y"], **looks)
+
+
+# --- accuracy over an axis of numbers -------------------------------------------------------------
+
+
+def _accuracy(table: pd.DataFrame, x: str, xlabel: str, base: float | None, seeds) -> Figure:
+    """Draw all arms over column x, and a line from clean through each channel of several rates."""
+    fig, ax = plt.subplots(figsize=(8, 4.8))
+    clean = table[table["channel"] == "clean"]
+    for channel, rows in table.sort_values("rate").groupby("channel", sort=False):
+        looks = look(channel) | FILLS[kind_and_level(channel)[1]]
+        is_curve = rows["rate"].nunique() == len(rows) > 1
+        if is_curve:  # a line to a lone point would show values that nobody ran
+            line = pd.concat([clean, rows])
+            ax.plot(line[x], line["estimate"], color=looks["color"], linewidth=1.2, alpha=0.7)
+        if seeds is not None:
+            runs = seeds[seeds["channel"] == channel]
+            ax.plot(runs[x], runs["value"], **RUNS, **looks)
+        ax.vlines(rows[x], rows["low"], rows["high"], color=looks["color"], linewidth=1)
+        ax.plot(rows[x], rows["estimate"], linestyle="none", alpha=0.85, **looks)
+    ax.set(xlabel=xlabel, ylabel="accuracy, %")
+    ax.margins(x=0.09)
+    ax.yaxis.set_major_formatter(_percent)
     if base is not None:
-        handles = [*handles, ax.axhline(base, color=BASE, linestyle="--", label="base policy, before training")]
-    ax.figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=10)
+        ax.axhline(base, **BASE)
+        ax.annotate(BASE["label"], (0.01, base), (0, 3), color=BASE["color"], fontsize=SMALL,
+                    xycoords=ax.get_yaxis_transform(), textcoords="offset points")
+    return fig
+
+
+def _label(ax, table: pd.DataFrame, x: str):
+    """Write a channel's name at its highest rate, and the name of every arm that has one."""
+    ends = table.sort_values("rate").drop_duplicates("channel", keep="last").index
+    text = table["channel"].where(table.index.isin(ends))
+    if "named" in table:
+        text = text.where(~table["named"], table["arm"])
+    colours = [tuple(0.7 * np.array(to_rgb(look(c)["color"]))) for c in table["channel"]]  # darker
+    points = pd.DataFrame({"x": table[x], "y": table["estimate"], "text": text, "colour": colours})
+    labels.write(ax, points.dropna(subset="text"))
+
+
+def _apart(frame: pd.DataFrame, last: float) -> pd.DataFrame:
+    """Return the frame with a column x: the rate, and places beyond the last for controls."""
+    is_control = (frame["rate"] == 0) & (frame["channel"] != "clean")
+    number = pd.factorize(frame["channel"].where(is_control))[0]  # -1: not a control
+    return frame.assign(x=frame["rate"].where(~is_control, last * (1.25 + 0.15 * number)))
 
 
 @plt.rc_context(STYLE)
-def noise_curve(table: pd.DataFrame, base: float | None = None) -> Figure:
-    """Accuracy against the noise rate, bars = intervals; a line a channel of several rates, from clean at rate 0.
+def noise_curve(table: pd.DataFrame, base: float | None = None,
+                seeds: pd.DataFrame | None = None) -> Figure:
+    """Draw accuracy against the noise rate; controls, which have no rate, stand apart on the right.
 
-    `table`: channel ("clean" or a channel's name), rate, estimate, low, high. `base`: the dashed line.
+    `table`: channel ("clean" or a channel's name), rate, estimate, low, high; and `arm`, `named`
+    (bool) where arms have names of their own. `seeds`: channel, rate, value, a faint point a run.
+    `base`: accuracy before training.
     """
     _need(table, "channel", "rate", "estimate", "low", "high")
-    fig, ((ax,),) = plt.subplots(figsize=SIZE, squeeze=False)
-    _channels(ax, table, "rate", base)
-    ax.set(xlabel="noise rate", ylabel="accuracy")
+    last = table["rate"].max()
+    table = _apart(table, last)
+    seeds = seeds if seeds is None else _apart(seeds, last)
+    fig = _accuracy(table, "x", "noise rate", base, seeds)
+    ax = fig.axes[0]
+    if table["x"].max() > last:
+        ax.set_xlim(right=table["x"].max() + 0.3 * last)
+        ax.axvspan(1.14 * last, ax.get_xlim()[1], color="0.95", zorder=0)
+        ax.text(1.16 * last, 0.98, "controls", transform=ax.get_xaxis_transform(), va="top")
+        ax.set_xticks([tick for tick in ax.get_xticks() if -1e-9 < tick < last + 1e-9])
+    _label(ax, table, "x")
     return fig
 
 
 @plt.rc_context(STYLE)
-def j_axis(table: pd.DataFrame, base: float | None = None) -> Figure:
-    """Accuracy against J = 1 - a - b, the signal left in the reward; J falls to the right. Needs column J.
+def j_axis(table: pd.DataFrame, base: float | None = None,
+           seeds: pd.DataFrame | None = None) -> Figure:
+    """Draw accuracy against J = 1 - a - b, the signal left in the reward; J falls to the right.
 
-    If the kind of noise did not matter, all channels would fall on one line.
+    If the kind of noise did not matter, all channels would lie on one line. `table` and `seeds` as
+    for `noise_curve`, with column J; arms without a J (controls) are left out. ValueError with the
+    reason where such a figure would say nothing.
     """
-    _need(table, "channel", "J", "estimate", "low", "high")
-    fig, ((ax,),) = plt.subplots(figsize=SIZE, squeeze=False)
-    _channels(ax, table, "J", base)
-    values = np.unique(table["J"].round(6))
-    if len(values) <= 10:  # points of one J stand side by side around its tick
-        ax.set_xticks(values, [f"{v:.2g}" for v in values])
-    ax.invert_xaxis()
-    ax.set(xlabel="J = 1 − a − b (1: clean, 0: no signal, below 0: reversed)", ylabel="accuracy")
+    _need(table, "channel", "rate", "J", "estimate", "low", "high")
+    table = table.dropna(subset="J").round({"J": 6})  # 1 - .3 - .3 is not .4 in floats
+    if table["J"].nunique() < 2:
+        raise ValueError("J does not vary between these arms")
+    if table.duplicated(["channel", "J"]).any():
+        raise ValueError("arms share a channel and a J, so something else varies as well")
+    xlabel = "J = 1 − a − b (1: clean, 0: no signal, below 0: reversed)"
+    fig = _accuracy(table, "J", xlabel, base, seeds)
+    fig.axes[0].invert_xaxis()
+    _label(fig.axes[0], table, "J")
     return fig
 
 
-@plt.rc_context(STYLE)
-def arm_accuracies(table: pd.DataFrame, base: float | None = None) -> Figure:
-    """Forest plot of accuracies, a block a reference with a line through it; the base policy is the dashed line.
+# --- a row an arm ---------------------------------------------------------------------------------
 
-    `table`: arm, reference, channel, estimate, low, high. An arm that is its own reference opens its block.
-    """
-    _need(table, "arm", "reference", "channel", "estimate", "low", "high")
-    styles, _ = looks_by_level(table["channel"].unique())
-    table, order = table.set_index("arm"), []
-    for reference, block in table.groupby("reference", sort=False):
-        arms = [reference, *block.index.drop(reference, errors="ignore")]
-        order += [(arm, reference) for arm in arms if arm in table.index and len(arms) > 1]
-    order += [(arm, arm) for arm in table.index if arm not in {a for a, _ in order}]
-    fig, ((ax,),) = plt.subplots(figsize=(8, max(2.8, 1.2 + 0.3 * len(order))), squeeze=False)
-    for y, (arm, reference) in enumerate(order):
-        row, alone = table.loc[arm], arm == reference
-        colour, marker = (CLEAN, "o") if alone else styles[row["channel"]]
-        ax.errorbar(row["estimate"], y, xerr=[[row["estimate"] - row["low"]], [row["high"] - row["estimate"]]],
-                    color=colour, marker=marker, capsize=3, markersize=6)
-        if alone:
-            rows = [i for i, (_, r) in enumerate(order) if r == reference]
-            ax.vlines(row["estimate"], y, max(rows) + 0.4, color=CLEAN, linewidth=0.8, alpha=0.6)
-    if base is not None:
-        ax.axvline(base, color=BASE, linestyle="--", linewidth=1.2, label="base policy, before training")
-        fig.legend(loc="outside upper center", fontsize=10)
-    ax.set_yticks(range(len(order)), [arm for arm, _ in order], fontsize=9)
-    for label, (arm, reference) in zip(ax.get_yticklabels(), order, strict=True):
-        label.set_fontweight("bold" if arm == reference else "normal")
-    ax.invert_yaxis()
+
+def _name_rows(ax, names: list[str]):
+    """Give every name a row, from top to bottom."""
+    ax.set_yticks(range(len(names)), [textwrap.fill(name, 42) for name in names], fontsize=SMALL)
+    ax.set_ylim(len(names) - 0.4, -0.6)
     ax.grid(axis="y", visible=False)
-    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    ax.set_xlabel("accuracy")
-    return fig
+    ax.tick_params(axis="y", length=0)
 
 
-QUANTITIES = {"silent": "groups without signal", "spurious": "spurious groups",
-              "energy": "mean squared advantage, E[A²]", "gap": "advantage gap"}
+def _row_height(names, least: float) -> float:
+    """Return inches enough for the longest of the names, which stand in lines of 42 letters."""
+    return max(least, 0.16 * max(len(textwrap.wrap(name, 42)) for name in names))
+
+
+def _by_effect(table: pd.DataFrame, value: str) -> list[str]:
+    """Return the arms, the one with the highest mean first."""
+    means = table.groupby("arm", sort=False)[value].mean()
+    return list(means.sort_values(ascending=False, kind="stable").index)
 
 
 @plt.rc_context(STYLE)
-def beside_theory(table: pd.DataFrame) -> Figure:
-    """Measured against predicted, a panel a quantity, a point an arm, bars of 1.96 standard errors, the diagonal.
+def arm_accuracies(table: pd.DataFrame, base: float | None = None,
+                   seeds: pd.DataFrame | None = None) -> Figure:
+    """Draw the accuracies of arms, best on top.
 
-    `table`: channel, quantity (a key of QUANTITIES), measured, predicted, se.
+    `table`: arm, channel, estimate, low, high. `seeds`: arm, value, a faint point a run.
+    `base`: accuracy before training, the dashed line.
     """
-    _need(table, "channel", "quantity", "measured", "predicted", "se")
-    styles, handles = looks_by_level(table["channel"].unique())
-    fig, axes = plt.subplots(2, 2, figsize=(8, 6.5), squeeze=False)
-    for ax, (quantity, title) in zip(axes.flat, QUANTITIES.items(), strict=True):
-        part = table[table["quantity"] == quantity]
-        for row in part.itertuples():
-            colour, marker = styles[row.channel]
-            ax.errorbar(row.predicted, row.measured, 1.96 * row.se, color=colour, marker=marker, capsize=2,
-                        markersize=5, alpha=0.8)
-        ax.axline((0, 0), slope=1, color=CLEAN, linewidth=0.8, zorder=0)
-        ax.set_title(title)
-    fig.supxlabel("predicted from the true rewards and the rates", fontsize=11)
-    fig.supylabel("measured in the reward log", fontsize=11)
-    fig.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=10)
+    _need(table, "arm", "channel", "estimate", "low", "high")
+    arms = _by_effect(table, "estimate")
+    table = table.assign(y=table["arm"].map(arms.index))
+    fig, ax = plt.subplots(figsize=(8, 1.3 + _row_height(arms, 0.3) * len(arms)))
+    if seeds is not None:
+        for row in table.itertuples():
+            values = seeds.loc[seeds["arm"] == row.arm, "value"]
+            ax.plot(values, np.full(len(values), row.y), **RUNS, **look(row.channel))
+    _estimates(ax, table, "estimate", "low", "high")
+    if base is not None:
+        ax.axvline(base, **BASE)
+        fig.legend(loc="outside upper center")
+    _name_rows(ax, arms)
+    ax.xaxis.set_major_formatter(_percent)
+    ax.set_xlabel("accuracy, %")
     return fig
 
 
-@plt.rc_context(STYLE)
-def level_table(table: pd.DataFrame, arms: list[str]) -> Figure:
-    """Accuracy by arm and difficulty level as a shaded table with numbers in percent: arm, level, estimate."""
-    _need(table, "arm", "level", "estimate")
-    grid = 100 * table.pivot(index="arm", columns="level", values="estimate").reindex(arms)
-    grid.columns = [str(c).replace("Level ", "") for c in grid.columns]
-    fig, ((ax,),) = plt.subplots(figsize=(8, 1.2 + 0.32 * len(grid)), squeeze=False)
-    sns.heatmap(grid, annot=True, fmt=".0f", cmap="viridis", cbar=False, linewidths=0.5, ax=ax)
-    ax.set(xlabel="level", ylabel="")
-    return fig
+def _difference_panels(table: pd.DataFrame, row_height: float):
+    """Return a figure and (axes, part) for each reference: a row an arm, the largest gain on top.
 
-
-@plt.rc_context(STYLE)
-def training_curves(metrics: pd.DataFrame, arms: list[str] | None = None, window: int | None = None,
-                    columns: int = 3) -> Figure:
-    """Clean and observed mean reward by training step, a panel an arm; band = range over the runs of the arm.
-
-    `metrics`: arm, run_id, step, clean_mean, observed_mean. Each run is smoothed over `window` logged steps
-    (a twentieth of the run unless told).
+    The parts get a column y. Without a column reference, all arms are compared with clean.
     """
-    _need(metrics, "arm", "run_id", "step", "clean_mean", "observed_mean")
-    metrics = metrics.dropna(subset="clean_mean")
-    arms = list(dict.fromkeys(metrics["arm"])) if arms is None else list(arms)
-    window = window or max(1, metrics["step"].nunique() // 20)
-    columns = min(columns, len(arms))
-    rows = -(-len(arms) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(8, max(3.2, 2.4 * rows)), squeeze=False, sharex=True,
-                             sharey=True)
-    lines = (("clean_mean", "clean reward (what we want)", COLOURS[2], "-"),
-             ("observed_mean", "observed reward (what GRPO sees)", COLOURS[3], "--"))
-    for ax, arm in zip(axes.flat, arms, strict=False):
-        part = metrics[metrics["arm"] == arm]
-        for column, label, colour, style in lines:
-            runs = part.pivot(index="step", columns="run_id", values=column).sort_index()
-            runs = runs.rolling(window, min_periods=1, center=True).mean()
-            ax.plot(runs.index, runs.mean(axis=1), color=colour, linestyle=style, label=label)
-            ax.fill_between(runs.index, runs.min(axis=1), runs.max(axis=1), color=colour, alpha=0.2, lw=0)
-        n = part["run_id"].nunique()
-        ax.set_title(textwrap.fill(f"{arm}, {n} run{'s' * (n != 1)}", 96 // columns), fontsize=10)
-        ax.set_ylim(-0.02, 1.02)
-        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    for ax in list(axes.flat)[len(arms):]:
-        ax.set_visible(False)
-    fig.supxlabel("training step", fontsize=11)
-    fig.supylabel("mean reward, smoothed" if window > 1 else "mean reward", fontsize=11)
-    fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=10)
-    return fig
-
-
-@plt.rc_context(STYLE)
-def by_level(table: pd.DataFrame) -> Figure:
-    """Accuracy by difficulty level, a panel a channel, a shade a rate; clean in black in every panel.
-
-    `table`: channel, rate, level, estimate, low, high.
-    """
-    _need(table, "channel", "rate", "level", "estimate", "low", "high")
-    levels = sorted(table["level"].unique())
-    clean = table[table["channel"] == "clean"]
-    channels = [c for c in table["channel"].unique() if c != "clean"] or ["clean"]
-    cols = min(len(channels), 3)
-    rows = -(-len(channels) // cols)
-    fig, axes = plt.subplots(rows, cols, figsize=(8, max(3.8, 3.4 * rows)), squeeze=False, sharey=True)
-    for ax, channel in zip(axes.flat, channels, strict=False):
-        part = table[table["channel"] == channel] if channel != "clean" else table.iloc[:0]
-        rates = sorted(part["rate"].unique())
-        shades = sns.color_palette("viridis_r", len(rates) + 1)[1:]
-        drawn = [(clean, CLEAN, "clean")] + [(part[part["rate"] == r], c, f"{r:g}" if r else channel)
-                                             for r, c in zip(rates, shades, strict=True)]
-        for i, (one, colour, label) in enumerate(drawn):
-            one = one.sort_values("level")
-            x = [levels.index(v) + 0.5 * (i - (len(drawn) - 1) / 2) / len(drawn) for v in one["level"]]
-            _points(ax, x, one, colour, "o", label)
-        ax.set_title(channel)
-        ax.set_xticks(range(len(levels)), [str(v).replace("Level ", "") for v in levels])
-        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        ax.legend(title="rate", fontsize=9, title_fontsize=9, ncols=4, handlelength=1, columnspacing=1,
-                  loc="upper center", bbox_to_anchor=(0.5, -0.18))
-        ax.set_xlabel("level")
-    for ax in list(axes.flat)[len(channels):]:
-        ax.set_visible(False)
-    for ax in axes[:, 0]:
-        ax.set_ylabel("accuracy")
-    return fig
+    if "reference" not in table:
+        table = table.assign(reference="clean")
+    parts = list(table.groupby(table["reference"].str.split(" | ", regex=False).str[0], sort=False))
+    sizes = [part["arm"].nunique() for _, part in parts]
+    height = 1.2 + 0.35 * len(parts) + _row_height(table["arm"], row_height) * sum(sizes)
+    fig, axes = plt.subplots(len(parts), 1, figsize=(8, height), height_ratios=sizes, sharex=True,
+                             squeeze=False)
+    panels = []
+    for ax, (reference, part) in zip(axes.flat, parts, strict=True):
+        arms = _by_effect(part, "difference")
+        panels.append((ax, part.assign(y=part["arm"].map(arms.index))))
+        _name_rows(ax, arms)
+        ax.axvline(0, color="black", linewidth=1)
+        ax.xaxis.set_major_formatter(_percent)
+        if len(parts) > 1:
+            ax.set_title(f"compared with {reference}")
+    against = "the reference" if len(parts) > 1 else reference
+    ax.set_xlabel(f"difference from {against}, percentage points")
+    return fig, panels
 
 
 @plt.rc_context(STYLE)
 def paired_differences(table: pd.DataFrame, alpha: float = 0.05) -> Figure:
-    """Forest plot of the differences from a reference. Filled: significant after Holm. Grey: too small to be found.
+    """Draw the difference of each arm from its reference, sorted by effect.
 
-    Where references differ, each has a heading above its arms.
-
-    `table`: arm, channel, reference ("clean" without it), difference, difference_low, difference_high, p_holm,
-    mde (half-width of the band).
+    `table`: arm, channel, reference ("clean" without it), difference, difference_low,
+    difference_high, p_holm (a point is filled below `alpha`), mde (half-width of the grey band).
     """
-    _need(table, "arm", "channel", "difference", "difference_low", "difference_high", "p_holm", "mde")
-    against = table["reference"] if "reference" in table else pd.Series("clean", table.index)
-    against = against.str.split(" | ", regex=False).str[0]  # the setting is in the arm's own name
-    rows = []  # an arm, or the name of a reference
-    for reference, block in table.groupby(against, sort=False):
-        rows += [*([reference] if against.nunique() > 1 else []), *block.itertuples()]
-    fig, ((ax,),) = plt.subplots(figsize=(8, max(2.8, 1.5 + 0.36 * len(rows))), squeeze=False)
-    styles, _ = looks_by_level(table["channel"].unique())
-    for y, row in enumerate(rows):
-        if isinstance(row, str):
-            continue
-        colour, marker = styles[row.channel]
-        if np.isfinite(row.mde):
-            ax.barh(y, 2 * row.mde, left=-row.mde, height=0.8, color="0.85", zorder=0)
-        bars = [[row.difference - row.difference_low], [row.difference_high - row.difference]]
-        ax.errorbar(row.difference, y, xerr=bars, color=colour, marker=marker, capsize=3, markersize=7,
-                    markerfacecolor=colour if row.p_holm < alpha else "white")
-    ax.axvline(0, color=CLEAN, linewidth=1)
-    one = against.nunique() == 1
-    ax.set_yticks(range(len(rows)), [f"against {r}:" if isinstance(r, str) else r.arm for r in rows],
-                  fontsize=11 if one else 9)
-    for label, row in zip(ax.get_yticklabels(), rows, strict=True):
-        label.set_fontweight("bold" if isinstance(row, str) else "normal")
-    ax.set_ylim(len(rows) - 0.4, -0.6)
-    ax.grid(axis="y", visible=False)
-    ax.xaxis.set_major_formatter(lambda v, _: f"{100 * v:+.0f}" if abs(v) > 1e-9 else "0")
-    ax.set_xlabel(f"difference from {against.iloc[0] if one else 'the reference'}, percentage points")
-    dot = {"linestyle": "none", "marker": "o", "color": "0.3", "markersize": 7}
-    fig.legend([Line2D([], [], **dot), Line2D([], [], **dot, markerfacecolor="white"), Patch(color="0.85")],
-               [f"p < {alpha:g} after Holm", "not significant", "below the minimum detectable effect"],
-               loc="outside upper center", ncols=3, fontsize=10)
+    _need(table, "arm", "channel", "difference", "difference_low", "difference_high", "p_holm",
+          "mde")
+    fig, panels = _difference_panels(table, 0.3)
+    for ax, part in panels:
+        ax.barh(part["y"], 2 * part["mde"], left=-part["mde"], color="0.88", zorder=0)
+        _estimates(ax, part, "difference", "difference_low", "difference_high",
+                   filled=part["p_holm"] < alpha)
+    filled = Line2D([], [], linestyle="none", marker="o", color="0.3")
+    hollow = Line2D([], [], linestyle="none", marker="o", color="0.3", markerfacecolor="white")
+    fig.legend([filled, hollow, Patch(color="0.88")],
+               [f"filled: p < {alpha:g} after Holm", "hollow: not significant",
+                "grey: too small for these seeds to find"], loc="outside upper center", ncols=3)
+    return fig
+
+
+@plt.rc_context(STYLE)
+def by_difficulty(table: pd.DataFrame) -> Figure:
+    """Draw the difference of each arm from its reference at every difficulty, easy above hard.
+
+    `table`: arm, difficulty, difference, low, high, and reference ("clean" without it). A chain
+    that leans to the left loses more on hard problems.
+    """
+    _need(table, "arm", "difficulty", "difference", "low", "high")
+    names = sorted(table["difficulty"].unique())
+    offsets = dict(zip(names, np.linspace(-0.32, 0.32, len(names)), strict=True))
+    shades = dict(zip(names, sns.color_palette("crest", len(names)), strict=True))
+    fig, panels = _difference_panels(table, 0.5)
+    for ax, part in panels:
+        part = part.assign(y=part["y"] + part["difficulty"].map(offsets)).sort_values("y")
+        for _, chain in part.groupby("arm"):
+            ax.plot(chain["difference"], chain["y"], color="0.45", linewidth=0.8)
+        for name, rows in part.groupby("difficulty"):
+            ax.hlines(rows["y"], rows["low"], rows["high"], color=shades[name], linewidth=1)
+            ax.plot(rows["difference"], rows["y"], "o", color=shades[name], markersize=5,
+                    label=str(name).replace("Level", "difficulty"))
+    fig.legend(*ax.get_legend_handles_labels(), ncols=5, loc="outside upper center")
+    return fig
+
+
+@plt.rc_context(STYLE)
+def beside_theory(table: pd.DataFrame) -> Figure:
+    """Draw measured values over their predictions: a panel a quantity, a row an arm.
+
+    `table`: arm, channel, quantity (a key of QUANTITIES), measured, predicted, se (standard error).
+    Bars are 1.96 standard errors, often shorter than the point is wide.
+    """
+    _need(table, "arm", "channel", "quantity", "measured", "predicted", "se")
+    arms = list(table["arm"].unique())
+    table = table.round({"measured": 9, "predicted": 9})  # no zoom into differences of rounding
+    table = table.assign(y=table["arm"].map(arms.index), low=table["measured"] - 1.96 * table["se"],
+                         high=table["measured"] + 1.96 * table["se"])
+    size = (8, 1.9 + _row_height(arms, 0.27) * len(arms))
+    fig, axes = plt.subplots(1, len(QUANTITIES), figsize=size, sharey=True)
+    for ax, (quantity, title) in zip(axes, QUANTITIES.items(), strict=True):
+        part = table[table["quantity"] == quantity]
+        _estimates(ax, part, "measured", "low", "high")
+        ax.plot(part["predicted"], part["y"], **PREDICTED)
+        ax.axvline(0, color="black", linewidth=0.8)
+        ax.set_title(textwrap.fill(title, 16))
+        ax.xaxis.set_major_locator(MaxNLocator(3))
+        ax.margins(x=0.12)
+        _name_rows(ax, arms)
+    fig.legend([Line2D([], [], color="0.3", marker="o"), Line2D([], [], **PREDICTED)],
+               ["measured in the reward log", "predicted from true rewards and rates"],
+               ncols=2, loc="outside upper center")
+    return fig
+
+
+@plt.rc_context(STYLE)
+def training_curves(metrics: pd.DataFrame, arms: list[str] | None = None) -> Figure:
+    """Draw clean and observed mean reward by step, a panel an arm; a band is the range of its runs.
+
+    `metrics`: arm, run_id, step, clean_mean, observed_mean. Each run is smoothed over a twentieth
+    of its logged steps.
+    """
+    _need(metrics, "arm", "run_id", "step", "clean_mean", "observed_mean")
+    metrics = metrics.dropna(subset="clean_mean")
+    arms = list(metrics["arm"].unique() if arms is None else arms)
+    window = max(1, metrics["step"].nunique() // 20)
+    columns = min(3, len(arms))
+    rows = -(-len(arms) // columns)  # rounded up
+    fig, axes = plt.subplots(rows, columns, figsize=(8, max(3.2, 2.4 * rows)), squeeze=False,
+                             sharex=True, sharey=True)
+    for ax, arm in zip(axes.flat, arms, strict=False):
+        part = metrics[metrics["arm"] == arm]
+        for column, (label, colour, style) in REWARDS.items():
+            runs = part.pivot(index="step", columns="run_id", values=column).sort_index()
+            runs = runs.rolling(window, min_periods=1, center=True).mean()
+            ax.plot(runs.mean(axis=1), color=colour, linestyle=style, label=label)
+            ax.fill_between(runs.index, runs.min(axis=1), runs.max(axis=1), color=colour, alpha=0.2,
+                            linewidth=0)
+        n = part["run_id"].nunique()
+        title = f"{arm}, {n} run{'s' * (n > 1)}"
+        ax.set_title(textwrap.fill(title, 108 // columns), fontsize=SMALL)
+    ax.set_ylim(-0.02, 1.02)  # of all panels, which share their axes
+    ax.yaxis.set_major_formatter(_percent)
+    for ax in axes.flat[len(arms):]:
+        ax.set_visible(False)
+    fig.supxlabel("training step", fontsize=11)
+    fig.supylabel("mean reward, %" + ", smoothed" * (window > 1), fontsize=11)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return fig
