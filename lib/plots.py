@@ -4,7 +4,6 @@ Colours are safe for colour-blind readers, and each kind of noise has a shape to
 differences are fractions in the frames and percent on the axes. Bars are intervals, or missing.
 """
 
-import re
 import textwrap
 from pathlib import Path
 
@@ -34,13 +33,13 @@ BASE = {"color": "0.45", "linestyle": "--", "linewidth": 1.2,
 RUNS = {"linestyle": "none", "markersize": 3, "alpha": 0.35}
 PREDICTED = {"color": "black", "marker": "|", "markersize": 13, "linestyle": "none", "zorder": 3}
 # Colour and shape of each kind of noise in every figure; kinds that are not listed look like OTHER.
-KINDS = {"clean": ("black", "o"), "flip": (COLOURS[0], "o"), "mask": (COLOURS[1], "s"),
+KINDS = {"clean": ("black", "o"), "flip": (COLOURS[0], "D"), "mask": (COLOURS[1], "s"),
          "false positives": (COLOURS[2], "^"), "false negatives": (COLOURS[4], "v"),
-         "asymmetric": (COLOURS[9], "P"), "abstain": (COLOURS[3], "D"),
-         "format only": (COLOURS[5], "X"), "majority vote": (COLOURS[7], "X")}
+         "asymmetric": (COLOURS[9], "P"), "abstain": (COLOURS[3], "p"),
+         "format only": (COLOURS[5], "X"), "majority vote": (COLOURS[7], "*")}
 OTHER = (COLOURS[6], "h")
-# Who shares a draw shows in the filling of the shape, where several noise levels share an axis.
-FILLS = {"rollout": {}, "group": {"fillstyle": "left", "markerfacecoloralt": "white"},
+# Noise that a group or a prompt shares leaves a shape half or wholly empty on an axis of numbers.
+FILLS = {"group": {"fillstyle": "left", "markerfacecoloralt": "white"},
          "prompt": {"markerfacecolor": "white"}}
 QUANTITIES = {"silent": "groups without signal", "spurious": "spurious groups",
               "energy": "mean squared advantage, E[A²]", "gap": "advantage gap"}
@@ -55,12 +54,6 @@ def save(fig: Figure, path: str | Path) -> Path:
     fig.savefig(path, metadata={"Software": None})
     plt.close(fig)
     return path
-
-
-def kind_and_level(channel: str) -> tuple[str, str]:
-    """Split a channel into its kind and noise level: ("flip", "rollout") for "flip"."""
-    found = re.fullmatch(r"(.*) \((group|prompt)\)", channel)
-    return found.groups() if found else (channel, "rollout")
 
 
 def look(channel: str) -> dict:
@@ -102,7 +95,8 @@ def _accuracy(table: pd.DataFrame, x: str, xlabel: str, base: float | None, seed
     fig, ax = plt.subplots(figsize=(8, 4.8))
     clean = table[table["channel"] == "clean"]
     for channel, rows in table.sort_values("rate").groupby("channel", sort=False):
-        looks = look(channel) | FILLS[kind_and_level(channel)[1]]
+        noise_level = channel.rpartition("(")[2].removesuffix(")")  # "group" of "flip (group)"
+        looks = look(channel) | FILLS.get(noise_level, {})
         is_curve = rows["rate"].nunique() == len(rows) > 1
         if is_curve:  # a line to a lone point would show values that nobody ran
             line = pd.concat([clean, rows])
