@@ -10,6 +10,7 @@ import pandas as pd
 
 SIZE = 9  # points: the smallest text that is legible where a page shows 8 inches as 800 pixels
 GAP = 16  # pixels between a point and its label
+PRICE = 8  # dark pixels that a label may hide before the next place is better
 HALO = [matplotlib.patheffects.withStroke(linewidth=2.5, foreground="white")]
 
 
@@ -60,7 +61,7 @@ def write(ax, labels: pd.DataFrame):
         sizes = np.array([note.get_window_extent().size for note in notes])
         points = ax.transData.transform(column[["x", "y"]])
         stacks = list(_stacks(points, sizes))
-        prices = [_hidden(ax, dark, stack) + 30 * i for i, stack in enumerate(stacks)]
+        prices = [_hidden(ax, dark, stack) + PRICE * i for i, stack in enumerate(stacks)]
         best = stacks[int(np.argmin(prices))]
         for note, point, (left, bottom, right, top) in zip(notes, points, best, strict=True):
             middle = (bottom + top) / 2
