@@ -8,22 +8,15 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import (
-    AfterValidator,
-    ConfigDict,
-    Field,
-    create_model,
-    field_validator,
-    model_validator,
-)
+import pydantic
+from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
 
 from lib import noise
 from lib.rewards import estimator
 from runner import OUTPUTS, ROOT, WORK, dataset, engines
 from runner.files import digest
 from runner.provenance import assignments
-from runner.reading import as_list, load_yaml, nearest, validate
+from runner.reading import as_list, load_yaml, nearest, read_mapping, validate
 
 PROFILES = ROOT / "params/profiles"
 NOT_HASHED = {"output_dir", "report_to", "gradient_checkpointing"}  # they change no result
@@ -34,8 +27,8 @@ Real = Annotated[float, AfterValidator(lambda x: x + 0.0)]  # -0.0 becomes 0.0: 
 Rate = Annotated[Real, Field(ge=0, le=1)]
 
 # A field for each rate that names a channel: one that is new in lib.noise is a parameter of runs.
-NoiseParams = create_model("NoiseParams", noise_level=(Literal[noise.LEVELS], "rollout"),
-                           **{name: (Rate, 0.0) for name in noise.NAMED})
+NoiseParams = pydantic.create_model("NoiseParams", noise_level=(Literal[noise.LEVELS], "rollout"),
+                                    **{name: (Rate, 0.0) for name in noise.NAMED})
 
 
 class Params(NoiseParams):
@@ -121,10 +114,11 @@ class Params(NoiseParams):
     def assumed_rates(self) -> tuple[float, float]:
         """(a, b) that a mitigation believes in: the channel's own, unless others are given."""
         a, b = self.assumed_false_positive_rate, self.assumed_false_negative_rate
+        own = self.channel
         if a is None:
-            a = self.channel.false_positive_rate
+            a = own.false_positive_rate
         if b is None:
-            b = self.channel.false_negative_rate
+            b = own.false_negative_rate
         return a, b
 
     @property
@@ -150,7 +144,7 @@ class Params(NoiseParams):
 
 def _contradictions(p: Params) -> Iterator[str]:
     """A sentence for each pair of parameters that do not go together."""
-    for check in (_folders_inside, _noise_and_mitigation, _engine):
+    for check in (_folders, _noise_and_mitigation, _engine):
         try:
             check(p)
         except ValueError as e:
@@ -167,9 +161,8 @@ def _contradictions(p: Params) -> Iterator[str]:
                "exactly")
 
 
-def _folders_inside(p: Params):
-    refuse_outside(WORK, p.output_dir)
-    dataset.data_folder(p.data_dir)
+def _folders(p: Params):
+    refuse_outside(WORK, p.output_dir, p.data_dir)
 
 
 def _noise_and_mitigation(p: Params):
@@ -192,9 +185,10 @@ def _engine(p: Params):
                          "or another engine")
 
 
-@lru_cache  # the cells of a study share their folder
-def refuse_outside(work: Path, output_dir: str):
-    """ValueError if output_dir leaves the workspace, also through a link."""
+@lru_cache  # the runs of a study share their folders
+def refuse_outside(work: Path, output_dir: str, data_dir: str):
+    """ValueError if a folder is none, or leaves the workspace, also through a link."""
+    dataset.data_folder(data_dir)
     target = (work / output_dir).resolve()
     inside = (work, (work / "outputs").resolve())  # outputs/ may itself be a link to another disk
     if ".." in Path(output_dir).parts or not any(target.is_relative_to(root) for root in inside):
@@ -228,8 +222,9 @@ def resolve(profile: str = "tiny", use_selected: bool = False, **given) -> Param
 def profile_defaults(profile: str, use_selected: bool) -> dict[str, Any]:
     """What a profile says, and if asked for, the hyperparameter study's choice. Reads two files."""
     values, path = load_yaml(PROFILES, profile, "profile")
-    for mistake in folders_elsewhere(values):
-        raise ValueError(f"{path.name}: {mistake}")
+    mistakes = list(folders_elsewhere(values))
+    if mistakes:
+        raise ValueError(f"{path.name}: {'; '.join(mistakes)}")
     if use_selected:
         values |= selected(profile)
     return values | {"profile": profile}
@@ -258,7 +253,7 @@ def selected(profile: str) -> dict[str, Any]:
     published = ROOT / "outputs" / own.parent.name / own.name
     for file in (own, published):
         if file.exists():
-            return yaml.safe_load(file.read_text())["selected"]
+            return read_mapping(file, "choice of hyperparameters")["selected"]
     return {}
 
 
@@ -280,7 +275,7 @@ def given_parameters(names: dict[str, Any], known=()) -> dict[str, Any]:
         elif known & assigned.keys():
             defaults = assigned | defaults
     given = {name: names[name] for name in {**defaults, **inserted}}
-    mistakes = [*_wrongly_given(given, known, defaults)]
+    mistakes = list(_wrongly_given(given, known, defaults))
     if mistakes:
         raise ValueError("; ".join(mistakes))
     return given

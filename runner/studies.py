@@ -148,7 +148,7 @@ def cells_of(file: StudyFile, arm: dict, defaults: dict) -> tuple[list[Cell], li
         except ValidationError as report:
             mistakes += mistakes_in_words(Params, report)
             continue
-        shown = params.model_dump()
+        shown = vars(params)
         cells.append(Cell(params, name.format(**shown), reference.format(**shown)))
     return cells, list(dict.fromkeys(mistakes))  # a mistake is the same for every seed
 
