@@ -47,6 +47,13 @@ def follow(workspace, tmp_path):
     return recipe
 
 
+def test_a_new_channel_touches_one_file_and_its_diff_fits():
+    diff = re.search(r"^```diff\n(.*?)^```$", (ROOT / "docs/recipe-channel.md").read_text(), re.M | re.S)[1]
+    assert re.findall(r"^\+\+\+ b/(.*)$", diff, re.M) == ["lib/noise.py"]
+    done = subprocess.run(["git", "apply", "--check", "-"], input=diff, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_a_channel(follow):
     *_, law, _, proof, plan = follow("recipe-channel")
