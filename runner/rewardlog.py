@@ -81,6 +81,15 @@ def read_log(run_folder: Path | str) -> pd.DataFrame:
     return pd.concat(steps).sort_values("step", kind="stable", ignore_index=True)
 
 
+def rewards_differed(run_folder: Path | str) -> bool:
+    """Whether any group was given two different rewards. If none was, nothing could be learned.
+
+    TRL's frac_reward_zero_std does not tell: a group with one reward left counts as not silent.
+    """
+    groups = read_log(run_folder).groupby(["step", "sample_id"])["returned"]
+    return bool((groups.nunique() > 1).any())
+
+
 def join_log(run_folder: Path | str):
     """Join the steps' files into `rewards.parquet` (atomically), then remove them."""
     _write_joined(Path(run_folder) / "rewards.parquet", read_log(run_folder))

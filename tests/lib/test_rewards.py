@@ -3,8 +3,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -159,74 +157,6 @@ def test_a_prompt_visited_twice_in_a_batch_goes_on_counting(tmp_path):
     log = rewardlog.read_log(tmp_path)
     assert log.rollout.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert not log.duplicated(["step", "sample_id", "rollout"]).any()
-
-
-def test_one_file_a_step_and_a_repeated_step_replaces_itself(tmp_path):
-    run(tmp_path, steps=(2, 0, 1))
-    assert sorted(p.name for p in (tmp_path / "rewards").iterdir()) == [f"step-00000{i}.parquet" for i in range(3)]
-    before = rewardlog.read_log(tmp_path)
-    assert before.step.tolist() == np.repeat([0, 1, 2], 32).tolist()
-    run(tmp_path, channel(label_flip_rate=1), steps=(1,))
-    after = rewardlog.read_log(tmp_path)
-    assert len(after) == len(before)
-    assert (before.observed_reward != after.observed_reward).tolist() == (after.step == 1).tolist()
-
-
-def test_many_steps_keep_their_order(tmp_path):
-    run(tmp_path, steps=(9, 10, 99, 100, 999_999, 1_000_000), groups=1, size=1)
-    assert rewardlog.read_log(tmp_path).step.tolist() == [9, 10, 99, 100, 999_999, 1_000_000]
-    rewardlog.drop_steps_from(tmp_path, 100)
-    assert rewardlog.read_log(tmp_path).step.tolist() == [9, 10, 99]
-
-
-def test_joining_changes_nothing_but_the_number_of_files(tmp_path):
-    run(tmp_path, channel(label_flip_rate=0.2, abstain_rate=0.2), steps=range(5))
-    before = rewardlog.read_log(tmp_path)
-    rewardlog.join_log(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["rewards.parquet"]
-    pd.testing.assert_frame_equal(rewardlog.read_log(tmp_path), before)
-    stored = pq.read_schema(tmp_path / "rewards.parquet")
-    assert [(f.name, f.type) for f in stored] == [(f.name, f.type) for f in rewards.LOG_SCHEMA]
-    assert {f.name: f.type for f in stored}["observed_reward"] == pa.float32()
-    rewardlog.join_log(tmp_path)
-    pd.testing.assert_frame_equal(rewardlog.read_log(tmp_path), before)
-
-
-def test_a_kill_while_writing_leaves_half_a_file_that_nobody_reads(tmp_path):
-    run(tmp_path, steps=range(3))
-    half = (tmp_path / "rewards/step-000002.parquet").read_bytes()[:500]
-    (tmp_path / "rewards/step-000003.part").write_bytes(half)
-    (tmp_path / "rewards.parquet.part").write_bytes(half)
-    assert rewardlog.read_log(tmp_path).step.unique().tolist() == [0, 1, 2]
-    rewardlog.drop_steps_from(tmp_path, 2)
-    run(tmp_path, steps=(2, 3))
-    rewardlog.join_log(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["rewards.parquet"]
-    assert rewardlog.read_log(tmp_path).groupby("step").size().tolist() == [32] * 4
-
-
-@pytest.mark.parametrize("removed", [0, 2, 5])
-def test_a_kill_while_the_joined_log_replaces_its_steps_loses_and_repeats_nothing(tmp_path, removed):
-    run(tmp_path, steps=range(5))
-    log, files = rewardlog.read_log(tmp_path), sorted((tmp_path / "rewards").iterdir())
-    kept = [(f, f.read_bytes()) for f in files[removed:]]
-    rewardlog.join_log(tmp_path)
-    (tmp_path / "rewards").mkdir()
-    for file, content in kept:
-        file.write_bytes(content)
-    pd.testing.assert_frame_equal(rewardlog.read_log(tmp_path), log)
-    rewardlog.drop_steps_from(tmp_path, 3)  # the checkpoint that the run goes on from is older than its log
-    assert rewardlog.read_log(tmp_path).step.unique().tolist() == [0, 1, 2]
-    run(tmp_path, channel(label_flip_rate=1), steps=(3, 4))
-    rewardlog.join_log(tmp_path)
-    again = rewardlog.read_log(tmp_path)
-    assert (again.observed_reward != log.observed_reward).tolist() == (log.step >= 3).tolist()
-
-
-def test_a_run_without_a_log_is_named(tmp_path):
-    (tmp_path / "flip-0.2").mkdir()
-    with pytest.raises(FileNotFoundError, match="^flip-0.2 has no reward log"):
-        rewardlog.read_log(tmp_path / "flip-0.2")
 
 
 # ---- realised rates
