@@ -166,16 +166,14 @@ def estimator(mitigation: str, a: float = 0.0, b: float = 0.0) -> Callable:
                 "0.5")
         sgrpo_weight(0.5, a)
         return lambda r, groups: sgrpo_advantages(r, groups, a)
-    raise ValueError(
-        f"mitigation={mitigation!r} is unknown: choose none, backward, forward or sgrpo")
+    raise ValueError(f"mitigation={mitigation!r} is unknown: choose none, backward, forward, sgrpo")
 
 
 def backward_correction(rewards, a, b) -> np.ndarray:
     """(r - a) / J. Its mean given t is t (Natarajan et al. 2013; arXiv 2510.00915, 2510.18924)."""
     J = 1 - np.asarray(a) - b
     if np.any(np.abs(J) < 1e-12):
-        raise ValueError("backward_correction divides by J = 1 - a - b, here 0: choose a + b other "
-                         "than 1")
+        raise ValueError("backward_correction divides by J = 1 - a - b = 0: choose a + b other than 1")
     return (np.asarray(rewards, dtype=float) - a) / J
 
 
