@@ -173,7 +173,7 @@ def backward_correction(rewards, a, b) -> np.ndarray:
     """(r - a) / J. Its mean given t is t (Natarajan et al. 2013; arXiv 2510.00915, 2510.18924)."""
     J = 1 - np.asarray(a) - b
     if np.any(np.abs(J) < 1e-12):
-        raise ValueError("backward_correction divides by J = 1 - a - b = 0: choose a + b other than 1")
+        raise ValueError("backward_correction divides by J = 1 - a - b: choose a + b other than 1")
     return (np.asarray(rewards, dtype=float) - a) / J
 
 
