@@ -1,22 +1,26 @@
 """Tables of a study: from graded answers to one row a policy, and from those to one row an arm.
 
 The folder of a study holds `runs.csv` (a row for each planned run), `eval.parquet` (a row for each
-graded answer), `summary.csv` (a row for each evaluated policy) and `results.csv` (a row for each arm).
-Runs of one *arm* differ in their seed only, or in the pair (base_seed, seed).
+graded answer), `summary.csv` (a row for each evaluated policy) and `results.csv` (a row for each
+arm). Runs of one *arm* differ in their seed only, or in the pair (base_seed, seed).
 """
 
+import os
+from collections.abc import Iterable, Iterator
 from inspect import signature
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lib import noise, stats
 
-KEYS = ["decoding", "run_id", "sample_id"]
+LABELS = ["sample_id", "level", "type", "decoding", "method"]
 ABOUT_A_RUN = {"run_id", "arm", "channel", "rate", "reference", "named", "status", "J"}
 REPLICATE = {"seed", "base_seed", "noise_seed", "output_dir", "report_to"}  # vary within an arm
 NOISE = list(signature(noise.channel).parameters)
@@ -53,33 +57,69 @@ class Study(NamedTuple):
 
 # ---- answers
 
+def write_answers(path: Path, tables: Iterable[tuple[str, pd.DataFrame]], run_ids: Iterable[str],
+                  rows: int = 2**20):
+    """Write eval.parquet from (run_id, table) pairs; the file appears when it is complete.
+
+    A table has a row an answer: sample_id, level, type, decoding, sample, exact, symbolic, method.
+    `run_ids`: all that will come. About `rows` rows are held at a time and become a row group.
+    """
+    names = pd.CategoricalDtype(sorted(run_ids))  # the first row group fixes the types of the file
+    types = dict.fromkeys(LABELS, "category") | {"sample": "int8", "run_id": names}
+    groups = (pa.Table.from_pandas(group.astype(types), preserve_index=False)
+              for group in _row_groups(tables, rows))
+    first = next(groups)
+    part = Path(path).with_suffix(".part")
+    with pq.ParquetWriter(part, first.schema, compression="zstd") as writer:
+        for group in chain([first], groups):
+            writer.write_table(group.cast(first.schema))
+    os.replace(part, path)
+
+
+def _row_groups(tables: Iterable[tuple[str, pd.DataFrame]], rows: int) -> Iterator[pd.DataFrame]:
+    """Whole tables of policies, joined until they have about `rows` rows."""
+    held, length = [], 0
+    for run_id, table in tables:
+        if held and length + len(table) > rows:
+            yield pd.concat(held, ignore_index=True)
+            held, length = [], 0
+        held.append(table.assign(run_id=run_id))
+        length += len(table)
+    yield pd.concat(held, ignore_index=True)
+
+
 def count_answers(path: Path) -> Answers:
     """Count the answers in eval.parquet, one row group at a time."""
     file = pq.ParquetFile(path)
     counted = [_count_row_group(file, i) for i in range(file.num_row_groups)]
-    counts = pd.concat([counts for counts, _ in counted]).groupby(level=KEYS).sum()
-    tables = [counts[name].unstack("sample_id", fill_value=0) for name in Answers._fields[:4]]
-    difficulty = pd.concat([level for _, level in counted]).groupby(level="sample_id").first()
-    return Answers(*tables, difficulty)
+    counts = pd.concat([counts for counts, _ in counted]).fillna(0).astype("uint16")
+    if counts.index.has_duplicates:  # a policy's answers lie in several row groups
+        counts = counts.groupby(level=["decoding", "run_id"]).sum()
+    counts = counts.sort_index().sort_index(axis=1)
+    difficulty = pd.concat([of for _, of in counted]).groupby(level="sample_id").first()
+    return Answers(*(counts[name] for name in Answers._fields[:4]), difficulty)
 
 
 def _count_row_group(file: pq.ParquetFile, i: int) -> tuple[pd.DataFrame, pd.Series]:
-    """Counts by KEYS, and the difficulty by sample_id, of the answers in one row group."""
-    answers = file.read_row_group(i, columns=[*KEYS, "level", "exact", "symbolic"])
-    for name in (*KEYS, "level"):
+    """Counts, a row a (decoding, run_id), and the difficulty of each sample_id, in a row group."""
+    keys = ["decoding", "run_id", "sample_id"]
+    answers = file.read_row_group(i, columns=[*keys, "level", "exact", "symbolic"])
+    for name in (*keys, "level"):
         place = answers.schema.get_field_index(name)
         answers = answers.set_column(place, name, answers[name].cast("string"))
     answers = answers.append_column("differ", pc.not_equal(answers["exact"], answers["symbolic"]))
+
     sums = [("exact", "count"), ("exact", "sum"), ("symbolic", "sum"), ("differ", "sum")]
-    counts = answers.group_by(KEYS).aggregate(sums).to_pandas().set_index(KEYS)
+    counts = answers.group_by(keys).aggregate(sums).to_pandas().set_index(keys)
     counts.columns = Answers._fields[:4]
     levels = answers.group_by(["sample_id", "level"]).aggregate([]).to_pandas()
-    return counts, levels.set_index("sample_id")["level"]
+    return (counts.astype("uint16").unstack("sample_id", fill_value=0),
+            levels.set_index("sample_id")["level"])
 
 
 def accuracy_matrix(answers: Answers, runs: pd.DataFrame, arm: str, decoding: str = "sampled",
                     grader: str = "exact") -> pd.DataFrame:
-    """Accuracies of one arm: a row a (base_seed, seed), a column a sample_id, mean over the samples.
+    """Accuracies of one arm: a row a (base_seed, seed), a column a sample_id, mean of the samples.
 
     `runs` is any table with run_id, arm, base_seed and seed (summary.csv). Raises ValueError for an
     unknown arm, grader or decoding, two runs with one seed, or runs that answered other questions.
@@ -190,7 +230,7 @@ def compare(arms: pd.DataFrame, matrices: dict[str, pd.DataFrame]) -> pd.DataFra
 
 
 def _result(about: pd.Series, matrices: dict[str, pd.DataFrame]) -> dict:
-    """One row of `compare`, without a difference where the reference has no run of the same seeds."""
+    """One row of `compare`; no difference where the reference has no run of the same seeds."""
     arm, reference = about.name, about["reference"]
     own, other = matrices[arm], matrices.get(reference)
     found = stats.mean_interval(own)
