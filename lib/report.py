@@ -1,27 +1,23 @@
-"""Tables of a study: from graded answers to one row a policy, and from those to one row an arm.
+"""What a study found: graded answers become a row a policy, then a row an arm, then sentences.
 
 The folder of a study holds `runs.csv` (a row for each planned run), `eval.parquet` (a row for each
 graded answer), `summary.csv` (a row for each evaluated policy) and `results.csv` (a row for each
 arm). Runs of one *arm* differ in their seed only, or in the pair (base_seed, seed).
 """
 
-import os
-from collections.abc import Iterable, Iterator
 from inspect import signature
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lib import noise, stats
 
-LABELS = ["sample_id", "level", "type", "decoding", "method"]
 ABOUT_A_RUN = {"run_id", "arm", "channel", "rate", "reference", "named", "status", "J"}
+ALPHA = 0.05
 REPLICATE = {"seed", "base_seed", "noise_seed", "output_dir", "report_to"}  # vary within an arm
 NOISE = list(signature(noise.channel).parameters)
 OF_AN_ARM = ["channel", "rate", "J", "setting", "reference", "named", "prompt_template"]
@@ -56,37 +52,6 @@ class Study(NamedTuple):
 
 
 # ---- answers
-
-def write_answers(path: Path, tables: Iterable[tuple[str, pd.DataFrame]], run_ids: Iterable[str],
-                  rows: int = 2**20):
-    """Write eval.parquet from (run_id, table) pairs; the file appears when it is complete.
-
-    A table has a row an answer: sample_id, level, type, decoding, sample, exact, symbolic, method.
-    `run_ids`: all that will come. About `rows` rows are held at a time and become a row group.
-    """
-    names = pd.CategoricalDtype(sorted(run_ids))  # the first row group fixes the types of the file
-    types = dict.fromkeys(LABELS, "category") | {"sample": "int8", "run_id": names}
-    groups = (pa.Table.from_pandas(group.astype(types), preserve_index=False)
-              for group in _row_groups(tables, rows))
-    first = next(groups)
-    part = Path(path).with_suffix(".part")
-    with pq.ParquetWriter(part, first.schema, compression="zstd") as writer:
-        for group in chain([first], groups):
-            writer.write_table(group.cast(first.schema))
-    os.replace(part, path)
-
-
-def _row_groups(tables: Iterable[tuple[str, pd.DataFrame]], rows: int) -> Iterator[pd.DataFrame]:
-    """Whole tables of policies, joined until they have about `rows` rows."""
-    held, length = [], 0
-    for run_id, table in tables:
-        if held and length + len(table) > rows:
-            yield pd.concat(held, ignore_index=True)
-            held, length = [], 0
-        held.append(table.assign(run_id=run_id))
-        length += len(table)
-    yield pd.concat(held, ignore_index=True)
-
 
 def count_answers(path: Path) -> Answers:
     """Count the answers in eval.parquet, one row group at a time."""
@@ -149,32 +114,6 @@ def accuracy_matrix(answers: Answers, runs: pd.DataFrame, arm: str, decoding: st
     table = right / asked
     table.index = pd.MultiIndex.from_frame(chosen[["base_seed", "seed"]])
     return table.sort_index()
-
-
-# ---- one row a policy
-
-def summarise(answers: Answers, runs: pd.DataFrame) -> pd.DataFrame:
-    """The table summary.csv: a row for each base policy and each run of `runs` that has answers.
-
-    `standard_error` is that of one run's sampled accuracy over questions; `disagreement` is the
-    share of sampled answers on which the graders differ.
-    """
-    n, exact, differ = (t.loc["sampled"] for t in (answers.n, answers.exact, answers.differ))
-    scores = {"n_questions": (n > 0).sum(axis=1), "k": n.max(axis=1)}
-    for decoding in ("sampled", "greedy"):
-        asked = answers.n.loc[decoding].sum(axis=1)
-        for grader in ("exact", "symbolic"):
-            right = getattr(answers, grader).loc[decoding].sum(axis=1)
-            scores[f"{decoding}_{grader}"] = right / asked
-    scores["standard_error"] = (exact / n).sem(axis=1)
-    scores["disagreement"] = differ.sum(axis=1) / n.sum(axis=1)
-
-    bases = pd.DataFrame([{"run_id": f"base-s{b}", "arm": "base", "channel": "base", "rate": 0.0,
-                           "J": np.nan, "seed": -1, "base_seed": b}
-                          for b in runs["base_seed"].unique()])
-    about = runs[["run_id", "arm", "reference", "channel", "rate", "J", "seed", "base_seed"]]
-    policies = pd.concat([bases, about]).set_index("run_id")
-    return policies.join(pd.DataFrame(scores), how="inner").reset_index(names="run_id")
 
 
 # ---- one row an arm
@@ -253,3 +192,118 @@ def assemble(answers: Answers, runs: pd.DataFrame, summary: pd.DataFrame, grader
     matrices = {arm: accuracy_matrix(answers, trained, arm, decoding, grader) for arm in arms.index}
     bases = summary[summary["channel"] == "base"]
     return Study(runs, trained, bases, arms, answers, matrices, compare(arms, matrices))
+
+
+def base_accuracy(study: Study, grader: str = "exact", decoding: str = "sampled") -> float:
+    """Accuracy before training, weighted by how many runs started from each base; NaN without."""
+    starts = study.trained.drop_duplicates(["base_seed", "seed"])["base_seed"].value_counts()
+    before = study.bases.set_index("base_seed")[f"{decoding}_{grader}"]
+    starts = starts.reindex(before.index).fillna(0)
+    if not starts.sum():
+        return np.nan
+    return float(np.average(before, weights=starts))
+
+
+# ---- arms that are one
+
+def same_arms(study: Study, revisited: set[str]) -> list[list[str]]:
+    """Groups of arms that are one noise under several names; most arms are alone.
+
+    Noise shared by a group or by a prompt is the same where no run met a prompt again (`revisited`
+    names the runs that did). A mask and a false positive shared by a group make the very same runs.
+    """
+    again = study.trained.loc[study.trained["run_id"].isin(revisited), "arm"]
+    settings = study.arms[[*NOISE, "reward", *parameters(study.runs)]].astype(str)
+    by_prompt = (settings["noise_level"] == "prompt") & ~settings.index.isin(again)
+    settings.loc[by_prompt, "noise_level"] = "group"
+
+    groups: list[dict] = []
+    for arm, values in settings.iterrows():
+        marks = {tuple(values), study.matrices[arm].to_numpy().tobytes()}
+        known = next((g for g in groups if g["marks"] & marks), None)
+        if known is None:
+            known = {"marks": set(), "arms": []}
+            groups.append(known)
+        known["marks"] |= marks
+        known["arms"].append(arm)
+    return [g["arms"] for g in groups]
+
+
+def losses(study: Study) -> pd.DataFrame:
+    """Accuracy minus that of the reference's run of the same seed: arm x (base_seed, seed)."""
+    found = {}
+    for arm, reference in study.arms["reference"].items():
+        if reference in study.matrices and reference != arm:
+            own, other = study.matrices[arm].mean(axis=1), study.matrices[reference].mean(axis=1)
+            found[arm] = (own - other).dropna()
+    return pd.DataFrame(found).T.dropna(how="all")
+
+
+# ---- in words
+
+def between(x: float, low: float, high: float, sign: str = "") -> str:
+    """Fractions in percent, as "81.7 (77.3 to 86.0)"; sign "+": in signed points. "" for NaN."""
+    if np.isnan(x):
+        return ""
+    if np.isnan(low):
+        return f"{100 * x:{sign}.1f}"
+    return f"{100 * x:{sign}.1f} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"
+
+
+def answer(study: Study, before: float, distinct: list[str]) -> list[str]:
+    """What noise did in this study: two or three sentences that follow from its results by rules.
+
+    `before`: accuracy of the base policy. `distinct`: the arms that count, see `same_arms`.
+    """
+    results = study.results[study.results["arm"].isin(distinct)]
+    compared = results.dropna(subset="difference")
+    if compared.empty:
+        best = results.loc[results["estimate"].idxmax()]
+        return ["This study compares no noisy arm with a clean one, so it says nothing about noise.",
+                f"Of {len(results)} arms the best is {best['arm']}: accuracy rises from "
+                f"{100 * before:.1f} % to {100 * best['estimate']:.1f} %."]
+
+    references = compared["reference"].unique()
+    against = study.results.set_index("arm").loc[references[0]]
+    if len(references) > 1 or against["channel"] != "clean":
+        return [_judged(compared, "their reference"), _largest_loss(compared, np.nan)]
+    clean = against["estimate"]
+    return [f"Clean training lifts accuracy from {100 * before:.1f} % to {100 * clean:.1f} %.",
+            _tolerated(compared) or _judged(compared, references[0]),
+            _largest_loss(compared, clean - before)]
+
+
+def _tolerated(compared: pd.DataFrame) -> str:
+    """Up to which rate channels show no significant loss; "" where no channel has several rates."""
+    limits = []
+    for channel, rows in compared[~compared["named"]].groupby("channel", sort=False):
+        rows = rows.sort_values("rate")
+        harmed = (rows["p_holm"] < ALPHA) & (rows["difference"] < 0)
+        safe = rows.loc[~harmed.cummax(), "rate"]
+        if len(rows) > 1 and len(safe):
+            limits.append(f"{channel} {safe.iloc[-1]:g}")
+    if not limits or compared["p_holm"].isna().all():
+        return ""
+    return f"No loss is significant up to {' and '.join(limits)}."
+
+
+def _judged(compared: pd.DataFrame, reference: str) -> str:
+    """How many arms end significantly below and above their reference."""
+    if compared["p_holm"].isna().all():
+        return "No difference can be tested, because every arm has a single seed."
+    sure = compared.loc[compared["p_holm"] < ALPHA, "difference"]
+    below, above = (sure < 0).sum(), (sure > 0).sum()
+    return (f"Of {len(compared)} different arms, {below or 'none'} end significantly below "
+            f"{reference}, and {above or 'none'} above.")
+
+
+def _largest_loss(compared: pd.DataFrame, gain: float) -> str:
+    """The channel that lost most, and which share of the clean gain, if there is a `gain`, that is."""
+    channels = compared.dropna(subset="J")  # controls have none
+    worst = channels.loc[channels["difference"].idxmin()]
+    name, loss = worst["arm"], -worst["difference"]
+    sentence = f"{name[0].upper()}{name[1:]} loses most: {100 * loss:.1f} points"
+    if not gain > 0:
+        return sentence + "."
+    share = "the whole gain" if loss > gain else f"{100 * loss / gain:.0f} % of the gain"
+    return f"{sentence}, {share}."
