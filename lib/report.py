@@ -5,7 +5,8 @@ graded answer), `summary.csv` (a row for each evaluated policy) and `results.csv
 arm). Runs of one *arm* differ in their seed only, or in the pair (base_seed, seed).
 """
 
-from inspect import signature
+from collections.abc import Iterable
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,13 +14,14 @@ import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import scipy.stats
 
 from lib import noise, stats
 
 ABOUT_A_RUN = {"run_id", "arm", "channel", "rate", "reference", "named", "status", "J"}
 ALPHA = 0.05
 REPLICATE = {"seed", "base_seed", "noise_seed", "output_dir", "report_to"}  # vary within an arm
-NOISE = list(signature(noise.channel).parameters)
+NOISE = list(noise.PARAMETERS)
 OF_AN_ARM = ["channel", "rate", "J", "setting", "reference", "named", "prompt_template"]
 OF_A_DIFFERENCE = ["difference", "difference_low", "difference_high", "p", "p_holm", "mde",
                    "pairs", "dropped"]
@@ -229,6 +231,12 @@ def same_arms(study: Study, revisited: set[str]) -> list[list[str]]:
     return [g["arms"] for g in groups]
 
 
+def mean_of_names(values: pd.DataFrame, groups: list[list[str]]) -> pd.DataFrame:
+    """One row a group of `same_arms`, under its first name: the mean over those in `values`."""
+    first = {arm: names[0] for names in groups for arm in names}
+    return values.groupby(values.index.map(first), sort=False).mean()
+
+
 def losses(study: Study) -> pd.DataFrame:
     """Accuracy minus that of the reference's run of the same seed: arm x (base_seed, seed)."""
     found = {}
@@ -237,6 +245,59 @@ def losses(study: Study) -> pd.DataFrame:
             own, other = study.matrices[arm].mean(axis=1), study.matrices[reference].mean(axis=1)
             found[arm] = (own - other).dropna()
     return pd.DataFrame(found).T.dropna(how="all")
+
+
+def by_difficulty(study: Study) -> pd.DataFrame:
+    """The difference of each arm from its reference on the questions of each difficulty."""
+    difficulty = study.answers.difficulty
+    rows = []
+    for row in study.results.dropna(subset="difference").itertuples():
+        for name, questions in difficulty.groupby(difficulty).groups.items():
+            if len(questions) > 1:
+                reference, own = study.matrices[row.reference], study.matrices[row.arm]
+                d = stats.paired_difference(reference[questions], own[questions])
+                rows.append((row.arm, row.reference, row.channel, row.rate, name,
+                             d.estimate, d.low, d.high))
+    columns = ["arm", "reference", "channel", "rate", "difficulty", "difference", "low", "high"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def base_success(study: Study, grader: str = "exact") -> pd.DataFrame:
+    """Success rate q of the base policies, and the number of questions, by difficulty."""
+    found = pd.DataFrame({"q": [], "questions": []})
+    if len(study.bases):
+        bases = study.bases.assign(seed=0)
+        accuracy = accuracy_matrix(study.answers, bases, "base", "sampled", grader).mean()
+        grouped = accuracy.groupby(study.answers.difficulty)
+        found = pd.DataFrame({"q": grouped.mean(), "questions": grouped.size()})
+    return found
+
+
+def pairs_of_equal_J(study: Study, distinct: list[str]) -> pd.DataFrame:
+    """Paired differences of arms that share their J and differ in channel or noise level alone."""
+    arms = study.results.set_index("arm").loc[distinct].join(study.arms[["noise_level", "abstain_rate"]])
+    arms = arms[arms["J"].notna() & (arms["channel"] != "clean")]
+    kind = [c.removesuffix(f" ({level})") for c, level in zip(arms["channel"], arms["noise_level"],
+                                                              strict=True)]
+    left = (arms["J"] * (1 - arms["abstain_rate"])).round(6)
+    arms = arms.assign(kind=kind, left=left)
+    rows = []
+    for (first, a), (second, b) in combinations(arms.iterrows(), 2):
+        apart = (a["kind"] != b["kind"]) + (a["noise_level"] != b["noise_level"])
+        alike = a["left"] == b["left"] and a["reference"] == b["reference"]
+        if apart == 1 and alike:
+            d = stats.paired_difference(study.matrices[first], study.matrices[second])
+            rows.append((a["left"], first, second, d.estimate, d.low, d.high, d.p))
+    columns = ["J", "first", "second", "difference", "low", "high", "p"]
+    table = pd.DataFrame(rows, columns=columns)
+    return table.assign(p_holm=stats.holm(table["p"]))
+
+
+def missing_runs(study: Study) -> pd.DataFrame:
+    """Planned runs that are in no number, with the reason."""
+    absent = study.runs[~study.runs["run_id"].isin(study.trained["run_id"])]
+    reason = absent["status"].replace("done", "done, not evaluated: run 03_eval again")
+    return absent[["arm", "setting", "run_id", "base_seed", "seed"]].assign(state=reason)
 
 
 # ---- in words
@@ -250,6 +311,20 @@ def between(x: float, low: float, high: float, sign: str = "") -> str:
     return f"{100 * x:{sign}.1f} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"
 
 
+def over_runs(x: pd.Series) -> str:
+    """Mean over runs with its Student t interval, in percent."""
+    x = x.dropna()
+    if len(x) < 2:
+        return between(x.mean(), np.nan, np.nan)
+    return between(x.mean(), *scipy.stats.t.interval(0.95, len(x) - 1, x.mean(), x.sem()))
+
+
+def listed(names: Iterable[str]) -> str:
+    """Join names in words: "a", "a and b", "a, b and c"."""
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else str(last)
+
+
 def answer(study: Study, before: float, distinct: list[str]) -> list[str]:
     """What noise did in this study: two or three sentences that follow from its results by rules.
 
@@ -259,9 +334,9 @@ def answer(study: Study, before: float, distinct: list[str]) -> list[str]:
     compared = results.dropna(subset="difference")
     if compared.empty:
         best = results.loc[results["estimate"].idxmax()]
-        return ["This study compares no noisy arm with a clean one, so it says nothing about noise.",
-                f"Of {len(results)} arms the best is {best['arm']}: accuracy rises from "
-                f"{100 * before:.1f} % to {100 * best['estimate']:.1f} %."]
+        which = "" if len(results) == 1 else f" in the best of {len(results)} arms, {best['arm']}"
+        return ["No noisy arm is compared with a clean one here, so nothing is said about noise.",
+                f"Accuracy rises from {100 * before:.1f} % to {100 * best['estimate']:.1f} %{which}."]
 
     references = compared["reference"].unique()
     against = study.results.set_index("arm").loc[references[0]]
@@ -293,17 +368,20 @@ def _judged(compared: pd.DataFrame, reference: str) -> str:
         return "No difference can be tested, because every arm has a single seed."
     sure = compared.loc[compared["p_holm"] < ALPHA, "difference"]
     below, above = (sure < 0).sum(), (sure > 0).sum()
+    if below == len(compared) > 1:
+        return f"All {below} different arms end significantly below {reference}."
     return (f"Of {len(compared)} different arms, {below or 'none'} end significantly below "
             f"{reference}, and {above or 'none'} above.")
 
 
 def _largest_loss(compared: pd.DataFrame, gain: float) -> str:
-    """The channel that lost most, and which share of the clean gain, if there is a `gain`, that is."""
+    """The channel that lost most, and which share of the clean `gain` (NaN: unknown) that is."""
     channels = compared.dropna(subset="J")  # controls have none
     worst = channels.loc[channels["difference"].idxmin()]
     name, loss = worst["arm"], -worst["difference"]
     sentence = f"{name[0].upper()}{name[1:]} loses most: {100 * loss:.1f} points"
     if not gain > 0:
         return sentence + "."
-    share = "the whole gain" if loss > gain else f"{100 * loss / gain:.0f} % of the gain"
-    return f"{sentence}, {share}."
+    if loss > gain:
+        return f"{sentence}, more than the whole gain."
+    return f"{sentence}, {100 * loss / gain:.0f} % of the gain."
