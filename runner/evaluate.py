@@ -1,0 +1,228 @@
+"""What 03_eval asks, keeps and writes: engines for all adapters of a study, answers, summary.csv.
+
+An engine has three methods. `ask(adapter, prompts, k, temperature)` returns k texts a prompt,
+`numbers(adapter, prompt)` what an adapter makes of a prompt, and `close()` ends it. An adapter is
+the folder of its weights, or None for the base policy.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from datasets import disable_progress_bars
+from transformers.utils import logging as transformers_logging
+
+from lib import report
+from runner import engines, parameters, policies, runs
+
+ALIKE = ("model", "prompt_template", "data_dir", "max_prompt_length", "max_completion_length")
+LABELS = ["sample_id", "level", "type", "decoding", "method"]
+
+
+class Transformers:
+    """Loads each adapter into the base policy, and takes it out again."""
+
+    def __init__(self, policy, tokenizer, params: parameters.Params, seed: int):
+        self.policy, self.tokenizer, self.seed = policy, tokenizer, seed
+        self.length = params.max_completion_length
+        self.batch_size = 1024
+        if policy.device.type == "cuda":
+            self.batch_size = min(8192, 2**20 // (params.max_prompt_length + self.length))
+
+    def ask(self, adapter, prompts, k, temperature):
+        with policies.adapted(self.policy, adapter) as model:
+            return policies.sample(model, self.tokenizer, prompts, self.length, k=k, seed=self.seed,
+                                   temperature=temperature, batch_size=self.batch_size)
+
+    def numbers(self, adapter, prompt):
+        with policies.adapted(self.policy, adapter) as model, torch.inference_mode():
+            inputs = self.tokenizer(prompt, return_tensors="pt").to(model.device)
+            return model(**inputs).logits[0, -1].tolist()
+
+    def close(self):
+        """Nothing to end."""
+
+
+class VLLM:
+    """One vLLM engine, which is sent the folder of an adapter with each request."""
+
+    def __init__(self, of: list[parameters.Params], stop_token_ids, seed: int):
+        largest = max(of, key=lambda params: params.lora_rank)
+        torch.cuda.empty_cache()
+        self.llm = engines.vllm_engine(policies.policy_source(largest), largest, len(of))
+        self.length, self.stop, self.seed = largest.max_completion_length, stop_token_ids, seed
+        self.known = {None: None}
+
+    def _request(self, adapter):
+        return self.known.setdefault(adapter, (len(self.known), adapter))
+
+    def ask(self, adapter, prompts, k, temperature):
+        return engines.vllm_sample(self.llm, prompts, self.length, k, temperature, self.seed,
+                                   self.stop, self._request(adapter))
+
+    def numbers(self, adapter, prompt):
+        return engines.vllm_logprobs(self.llm, prompt, self._request(adapter))
+
+    def close(self):
+        engines.shut_down(self.llm)
+
+
+def start(engine: str, policy, tokenizer, of: list[parameters.Params], seed: int):
+    """An engine for the runs `of`. vLLM loads the base policy itself, so ours leaves the GPU."""
+    if engine == "transformers":
+        return Transformers(policy, tokenizer, of[0], seed)
+    stop_token_ids = policy.generation_config.eos_token_id
+    policy.to("cpu")
+    return VLLM(of, stop_token_ids, seed)
+
+
+def engine_for(grid: list[parameters.Params], engine: str | None) -> str:
+    """Which engine writes the answers, after checking that one evaluation can serve all runs."""
+    if engine is None:
+        engine = "transformers" if grid[0].engine == "transformers" else "vllm"
+    if engine not in ("transformers", "vllm"):
+        raise ValueError(f"engine={engine!r}: choose transformers or vllm")
+    engines.check_engine(engine, training=False)
+    if len({tuple(getattr(params, name) for name in ALIKE) for params in grid}) > 1:
+        raise ValueError(f"one evaluation has one {', '.join(ALIKE)}: make a study of each")
+    return engine
+
+
+def be_quiet():
+    """No progress bars and warnings of libraries between the results of a notebook."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
+
+
+# --- tables that are kept, and the check of an adapter ---
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the table at `path` is there and not what a crash has left of it."""
+    try:
+        pq.read_metadata(path)
+    except (OSError, pa.ArrowException):
+        return False
+    return True
+
+
+def keep(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """Write the table, so that it appears when it is whole; returns it as it will be read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    table.to_parquet(part, index=False)
+    os.replace(part, path)
+    return pd.read_parquet(path)
+
+
+def check_adapter(params: parameters.Params, engine, prompt: str, of_base: list[float]):
+    """RuntimeError unless the run's adapter is the recorded one, and changes what the base does.
+
+    It may change nothing if no group of the run had two different rewards: it is empty then.
+    """
+    name, weights = parameters.run_id(params), runs.adapter_hash(params.folder)
+    if weights is None:
+        raise RuntimeError(f"the adapter of {name} was left behind, and these answers were not "
+                           "asked: delete the run and repeat it")
+    if weights != (params.folder / "DONE").read_text().strip():
+        raise RuntimeError(f"the adapter of {name} is not the one that its run recorded: delete "
+                           "the run and repeat it")
+    silent = pd.read_parquet(params.folder / "metrics.parquet", columns=["frac_reward_zero_std"])
+    if not (silent < 1).any(axis=None):
+        return
+    with_adapter = engine.numbers(params.folder / "adapter", prompt)
+    if np.allclose(with_adapter, of_base, rtol=0, atol=1e-4):
+        raise RuntimeError(f"the adapter of {name} changes nothing: it was not trained or not "
+                           "loaded")
+
+
+def tables_of(of: list[parameters.Params], kept: dict[str, Path], start: Callable, grade: Callable,
+              prompt: str, progress: Callable[[int], None]) -> Iterator[tuple[str, pd.DataFrame]]:
+    """(name, table of answers) of a base policy and of the runs `of` that started from it.
+
+    kept: name -> where the table is kept, the base policy first; only what is not there is asked.
+    start() is the engine, grade(ask) the table of one policy, `prompt` what shows that an adapter
+    has an effect, and progress(n) is told how many runs are done.
+    """
+    if all(map(is_whole, kept.values())):  # nothing to ask: no engine
+        yield from ((name, pd.read_parquet(path)) for name, path in kept.items())
+        return
+    engine = start()
+    of_base = engine.numbers(None, prompt)
+    adapters = [None, *(params.folder / "adapter" for params in of)]
+    for n, ((name, path), adapter) in enumerate(zip(kept.items(), adapters, strict=True)):
+        if is_whole(path):
+            table = pd.read_parquet(path)
+        else:
+            if adapter is not None:
+                check_adapter(of[n - 1], engine, prompt, of_base)
+            table = keep(path, grade(partial(engine.ask, adapter)))
+        progress(n)
+        yield name, table
+    engine.close()
+
+
+# --- tables of the study ---
+
+
+def write_answers(path: Path, tables: Iterable[tuple[str, pd.DataFrame]], run_ids: Iterable[str],
+                  rows: int = 2**20):
+    """Write eval.parquet from (run_id, table) pairs; the file appears when it is complete.
+
+    A table has a row an answer: sample_id, level, type, decoding, sample, exact, symbolic, method.
+    `run_ids`: all that will come. About `rows` rows are held at a time and become a row group.
+    """
+    names = pd.CategoricalDtype(sorted(run_ids))  # the first row group fixes the types of the file
+    types = dict.fromkeys(LABELS, "category") | {"sample": "int8", "run_id": names}
+    groups = (pa.Table.from_pandas(group.astype(types), preserve_index=False)
+              for group in _row_groups(tables, rows))
+    first = next(groups)
+    part = Path(path).with_suffix(".part")
+    with pq.ParquetWriter(part, first.schema, compression="zstd") as writer:
+        for group in chain([first], groups):
+            writer.write_table(group.cast(first.schema))
+    os.replace(part, path)
+
+
+def _row_groups(tables: Iterable[tuple[str, pd.DataFrame]], rows: int) -> Iterator[pd.DataFrame]:
+    """Whole tables of policies, joined until they have about `rows` rows."""
+    held, length = [], 0
+    for run_id, table in tables:
+        if held and length + len(table) > rows:
+            yield pd.concat(held, ignore_index=True)
+            held, length = [], 0
+        held.append(table.assign(run_id=run_id))
+        length += len(table)
+    yield pd.concat(held, ignore_index=True)
+
+
+def summarise(answers: report.Answers, runs: pd.DataFrame) -> pd.DataFrame:
+    """The table summary.csv: a row for each base policy and each run of `runs` that has answers.
+
+    `standard_error` is that of one run's sampled accuracy over questions; `disagreement` is the
+    share of sampled answers on which the graders differ.
+    """
+    n, exact, differ = (t.loc["sampled"] for t in (answers.n, answers.exact, answers.differ))
+    scores = {"n_questions": (n > 0).sum(axis=1), "k": n.max(axis=1)}
+    for decoding in ("sampled", "greedy"):
+        asked = answers.n.loc[decoding].sum(axis=1)
+        for grader in ("exact", "symbolic"):
+            right = getattr(answers, grader).loc[decoding].sum(axis=1)
+            scores[f"{decoding}_{grader}"] = right / asked
+    scores["standard_error"] = (exact / n).sem(axis=1)
+    scores["disagreement"] = differ.sum(axis=1) / n.sum(axis=1)
+
+    bases = pd.DataFrame([{"run_id": f"base-s{b}", "arm": "base", "channel": "base", "rate": 0.0,
+                           "J": np.nan, "seed": -1, "base_seed": b}
+                          for b in runs["base_seed"].unique()])
+    about = runs[["run_id", "arm", "reference", "channel", "rate", "J", "seed", "base_seed"]]
+    policies = pd.concat([bases, about]).set_index("run_id")
+    return policies.join(pd.DataFrame(scores), how="inner").reset_index(names="run_id")
