@@ -275,7 +275,8 @@ def base_success(study: Study, grader: str = "exact") -> pd.DataFrame:
 
 def pairs_of_equal_J(study: Study, distinct: list[str]) -> pd.DataFrame:
     """Paired differences of arms that share their J and differ in channel or noise level alone."""
-    arms = study.results.set_index("arm").loc[distinct].join(study.arms[["noise_level", "abstain_rate"]])
+    arms = study.results.set_index("arm").loc[distinct]
+    arms = arms.join(study.arms[["noise_level", "abstain_rate"]])
     arms = arms[arms["J"].notna() & (arms["channel"] != "clean")]
     kind = [c.removesuffix(f" ({level})") for c, level in zip(arms["channel"], arms["noise_level"],
                                                               strict=True)]
@@ -306,9 +307,10 @@ def between(x: float, low: float, high: float, sign: str = "") -> str:
     """Fractions in percent, as "81.7 (77.3 to 86.0)"; sign "+": in signed points. "" for NaN."""
     if np.isnan(x):
         return ""
+    value, bottom, top = (f"{100 * v:{sign}.1f}".replace("-", "−") for v in (x, low, high))
     if np.isnan(low):
-        return f"{100 * x:{sign}.1f}"
-    return f"{100 * x:{sign}.1f} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"
+        return value
+    return f"{value} ({bottom} to {top})"
 
 
 def over_runs(x: pd.Series) -> str:
@@ -335,8 +337,9 @@ def answer(study: Study, before: float, distinct: list[str]) -> list[str]:
     if compared.empty:
         best = results.loc[results["estimate"].idxmax()]
         which = "" if len(results) == 1 else f" in the best of {len(results)} arms, {best['arm']}"
+        rise = f"from {100 * before:.1f} % to {100 * best['estimate']:.1f} %"
         return ["No noisy arm is compared with a clean one here, so nothing is said about noise.",
-                f"Accuracy rises from {100 * before:.1f} % to {100 * best['estimate']:.1f} %{which}."]
+                f"Accuracy rises {rise}{which}."]
 
     references = compared["reference"].unique()
     against = study.results.set_index("arm").loc[references[0]]
