@@ -208,13 +208,13 @@ def base_accuracy(study: Study, grader: str = "exact", decoding: str = "sampled"
 
 # ---- arms that are one
 
-def same_arms(study: Study, revisited: set[str]) -> list[list[str]]:
+def same_arms(study: Study, single_visits: set[str]) -> list[list[str]]:
     """Groups of arms that are one noise under several names; most arms are alone.
 
-    Noise shared by a group or by a prompt is the same where no run met a prompt again (`revisited`
-    names the runs that did). A mask and a false positive shared by a group make the very same runs.
+    Noise shared by a group or by a prompt is the same in runs that meet no prompt again, which are
+    named in `single_visits`. A mask and a false positive shared by a group make the very same runs.
     """
-    again = study.trained.loc[study.trained["run_id"].isin(revisited), "arm"]
+    again = study.trained.loc[~study.trained["run_id"].isin(single_visits), "arm"]
     settings = study.arms[[*NOISE, "reward", *parameters(study.runs)]].astype(str)
     by_prompt = (settings["noise_level"] == "prompt") & ~settings.index.isin(again)
     settings.loc[by_prompt, "noise_level"] = "group"
@@ -303,14 +303,18 @@ def missing_runs(study: Study) -> pd.DataFrame:
 
 # ---- in words
 
+def percent(x: float, sign: str = "") -> str:
+    """A fraction in percent with one digit and a proper minus, but without a minus zero."""
+    return f"{round(100 * x, 1) + 0.0:{sign}.1f}".replace("-", "−")
+
+
 def between(x: float, low: float, high: float, sign: str = "") -> str:
     """Fractions in percent, as "81.7 (77.3 to 86.0)"; sign "+": in signed points. "" for NaN."""
     if np.isnan(x):
         return ""
-    value, bottom, top = (f"{100 * v:{sign}.1f}".replace("-", "−") for v in (x, low, high))
     if np.isnan(low):
-        return value
-    return f"{value} ({bottom} to {top})"
+        return percent(x, sign)
+    return f"{percent(x, sign)} ({percent(low, sign)} to {percent(high, sign)})"
 
 
 def over_runs(x: pd.Series) -> str:
@@ -319,6 +323,11 @@ def over_runs(x: pd.Series) -> str:
     if len(x) < 2:
         return between(x.mean(), np.nan, np.nan)
     return between(x.mean(), *scipy.stats.t.interval(0.95, len(x) - 1, x.mean(), x.sem()))
+
+
+def counted(n: int, noun: str) -> str:
+    """A number with its noun: "1 run", "2,048 runs"."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def listed(names: Iterable[str]) -> str:
@@ -337,7 +346,7 @@ def answer(study: Study, before: float, distinct: list[str]) -> list[str]:
     if compared.empty:
         best = results.loc[results["estimate"].idxmax()]
         which = "" if len(results) == 1 else f" in the best of {len(results)} arms, {best['arm']}"
-        rise = f"from {100 * before:.1f} % to {100 * best['estimate']:.1f} %"
+        rise = f"from {percent(before)} % to {percent(best['estimate'])} %"
         return ["No noisy arm is compared with a clean one here, so nothing is said about noise.",
                 f"Accuracy rises {rise}{which}."]
 
@@ -346,35 +355,43 @@ def answer(study: Study, before: float, distinct: list[str]) -> list[str]:
     if len(references) > 1 or against["channel"] != "clean":
         return [_judged(compared, "their reference"), _largest_loss(compared, np.nan)]
     clean = against["estimate"]
-    return [f"Clean training lifts accuracy from {100 * before:.1f} % to {100 * clean:.1f} %.",
+    return [f"Clean training lifts accuracy from {percent(before)} % to {percent(clean)} %.",
             _tolerated(compared) or _judged(compared, references[0]),
             _largest_loss(compared, clean - before)]
 
 
 def _tolerated(compared: pd.DataFrame) -> str:
     """Up to which rate channels show no significant loss; "" where no channel has several rates."""
-    limits = []
+    limits, lowest = [], 0.0
     for channel, rows in compared[~compared["named"]].groupby("channel", sort=False):
         rows = rows.sort_values("rate")
         harmed = (rows["p_holm"] < ALPHA) & (rows["difference"] < 0)
-        safe = rows.loc[~harmed.cummax(), "rate"]
+        safe = rows[~harmed.cummax()]
         if len(rows) > 1 and len(safe):
-            limits.append(f"{channel} {safe.iloc[-1]:g}")
+            limits.append(f"{channel} {safe['rate'].iloc[-1]:g}")
+            lowest = min(lowest, safe["difference_low"].min())
     if not limits or compared["p_holm"].isna().all():
         return ""
-    return f"No loss is significant up to {' and '.join(limits)}."
+    return (f"No loss is significant up to {listed(limits)}; losses of {percent(-lowest)} points "
+            "remain possible there.")
 
 
 def _judged(compared: pd.DataFrame, reference: str) -> str:
     """How many arms end significantly below and above their reference."""
     if compared["p_holm"].isna().all():
         return "No difference can be tested, because every arm has a single seed."
-    sure = compared.loc[compared["p_holm"] < ALPHA, "difference"]
-    below, above = (sure < 0).sum(), (sure > 0).sum()
+    sure = compared[compared["p_holm"] < ALPHA]
+    if sure.empty:
+        return f"No arm of {len(compared)} differs significantly from {reference}."
+    above = sure.loc[sure["difference"] > 0, "arm"]
+    below = len(sure) - len(above)
     if below == len(compared) > 1:
         return f"All {below} different arms end significantly below {reference}."
-    return (f"Of {len(compared)} different arms, {below or 'none'} end significantly below "
-            f"{reference}, and {above or 'none'} above.")
+    sentence = (f"Of {counted(len(compared), 'different arm')}, {below or 'none'} end "
+                f"significantly below {reference}")
+    if above.empty:
+        return sentence + ", and none above."
+    return f"{sentence}. Above it: {listed(above)}."
 
 
 def _largest_loss(compared: pd.DataFrame, gain: float) -> str:
@@ -382,7 +399,7 @@ def _largest_loss(compared: pd.DataFrame, gain: float) -> str:
     channels = compared.dropna(subset="J")  # controls have none
     worst = channels.loc[channels["difference"].idxmin()]
     name, loss = worst["arm"], -worst["difference"]
-    sentence = f"{name[0].upper()}{name[1:]} loses most: {100 * loss:.1f} points"
+    sentence = f"{name[0].upper()}{name[1:]} loses most: {percent(loss)} points"
     if not gain > 0:
         return sentence + "."
     if loss > gain:

@@ -19,6 +19,10 @@ NAMED = [  # as in params/studies: names and references are templates
      "noise_level": ["rollout", "group"], "reference": "clean, G={num_generations}"}]
 
 
+ABOUT = {"profile": "tiny", "model": "tiny", "data_dir": "arithmetic", "prompt_template": "none",
+         "engine": "transformers"}
+
+
 def expand(arms: list[dict]) -> list[dict]:
     """Arms with lists become one arm a combination; an arm that names no reference is its own."""
     found = []
@@ -84,7 +88,8 @@ def write_study(folder: Path, arms: list[dict] = TINY, seeds=(0, 1, 2), base_see
         summary.append({"run_id": f"base-s{b}", "arm": "base", "channel": "base", "base_seed": b} | evaluate(
             f"base-s{b}", -0.8))
     for i, (arm, b, seed) in enumerate(product(expand(arms), base_seeds, seeds)):
-        params = dict.fromkeys(RATES, 0.0) | {"noise_level": "rollout", "reward": "accuracy", "learning_rate": 1e-3,
+        params = dict.fromkeys(RATES, 0.0) | ABOUT
+        params |= {"noise_level": "rollout", "reward": "accuracy", "learning_rate": 1e-3,
                                               "grpo_beta": 0.0, "seed": seed, "base_seed": b, "noise_seed": seed,
                                               "per_device_train_batch_size": 128, "max_steps": steps,
                                               "num_generations": 8, "scale_rewards": "group", "mitigation": "none"}

@@ -28,7 +28,8 @@ def analyse(folder, **parameters):
 def test_analysis_of_the_tiny_study_with_two_runs_missing(tmp_path):
     folder = write_study(tmp_path / "tiny", unfinished={5: "failed", 20: "missing"}, rewards_log=True)
     text, results = analyse(folder)
-    assert "### Study tiny, INCOMPLETE: 25 of 27 runs" in text
+    assert text.index("# The tiny policy under reward noise") < text.index("**Clean training lifts accuracy from")
+    assert "*Study tiny: 9 arms, 25 of 27 runs, 120 questions to each policy.*" in text
     assert "**This study was cut short.** Runs missing: flip 0.1 (1 of 3), mask 0.3 (1 of 3)." in text
     assert "flip 0.1 (1 left out, 2 pairs)" in text
     assert len(results) == 9 and results.loc["flip 0.1", "seeds"] == 2
@@ -39,12 +40,10 @@ def test_analysis_of_the_tiny_study_with_two_runs_missing(tmp_path):
     summary = pd.read_csv(folder / "summary.csv").query("arm == 'clean'")
     clean = evals[evals["run_id"].isin(summary["run_id"])]["exact"].mean()
     assert results.loc["clean", "estimate"] == pytest.approx(clean, abs=1e-5)
-    assert "50 rates tested" in text and "Shown are 6 of 50 rates" in text  # of one clean run, one flip and one mask
+    assert f"to {100 * clean:.1f} %.**" in text
     assert {p.stem for p in (folder / "figures").iterdir()} == {
-        "accuracy-vs-noise", "paired-differences", "training-curves", "by-level", "common-axis-J",
-        "theory-beside-measurement"}
-    assert "Predicted crossing: none for J = 0.4" not in text and "q* = 0.87 for J = 0.4" in text  # flip .3, mask .6
-    assert "Nowhere do theory and measurement differ" in text
+        "accuracy-vs-noise", "paired-differences", "training-curves", "by-difficulty", "common-axis-J"}
+    assert "Over 8 different arms, " in text and "Flip 0.5 loses most: " in text
 
 
 def test_predictions_for_the_language_model_are_judged(tmp_path):
@@ -64,8 +63,10 @@ def test_predictions_for_the_language_model_are_judged(tmp_path):
 def test_analysis_of_a_grid_without_noise(tmp_path):
     arms = [{"learning_rate": lr, "grpo_beta": b} for lr in (5e-4, 1e-3) for b in (0.0, 0.05)]
     text, results = analyse(write_study(tmp_path / "grid", arms, seeds=(100, 101), questions=40, steps=4))
-    assert "clean runs only, so it says nothing about noise yet" in text
-    assert "No noisy arm, hence no curve." in text and "No arm can be compared with a reference." in text
+    assert "# The tiny policy: grid" in text and "No noisy arm is compared with a clean one here" in text
+    assert "in the best of 4 arms, clean | learning_rate=" in text
+    assert "No arm can be compared with a reference." in text
+    assert "Fewer than four arms with different predictions" in text
     assert len(results) == 4 and "clean | learning_rate=0.001, grpo_beta=0.05" in results.index
 
 
@@ -74,19 +75,19 @@ def test_analysis_of_two_noise_levels_and_two_base_policies(tmp_path):
             {"false_positive_rate": 0.6}, {"abstain_rate": 0.5}, {"reward": "format"}]
     folder = write_study(tmp_path / "channels", arms, seeds=(0, 1), base_seeds=(0, 1), questions=40, steps=4)
     text, results = analyse(folder, grader="symbolic", decoding="greedy")
-    assert "# Study channels, complete" in text and "Each (base policy, seed) pair counts" in text
+    assert "The intervals hold for new seeds of *these* base policies" in text
     assert set(results["seeds"]) == {4} and "flip 0.3 (prompt)" in results.index
-    assert "The rates were not counted" in text  # no replay.csv
+    assert re.search(r"Base policy [01] loses most in \d of 5 arms", text)
 
 
 def test_analysis_of_one_seed_gives_no_interval(tmp_path):
     text, results = analyse(write_study(tmp_path / "one", [{}, {"mask_rate": 0.5}], seeds=(7,), questions=40, steps=4))
-    assert "one seed, no interval" in text and "Every comparison rests on one seed" in text
+    assert "because every arm has a single seed" in text and "Every comparison rests on one seed" in text
     assert results[["low", "high", "difference_low", "p"]].isna().all(axis=None)
 
 
 def test_analysis_of_a_kl_weight_crossed_with_noise(tmp_path):
-    """Each setting has its own clean arm, curve and comparison."""
+    """Each setting has its own clean arm and comparison."""
     arms = [{"grpo_beta": b, "label_flip_rate": p} for b in (0.0, 0.05) for p in (0.0, 0.4)]
     folder = write_study(tmp_path / "beta", arms, seeds=(0, 1, 2), questions=40, steps=4)
     text, results = analyse(folder)
@@ -94,7 +95,8 @@ def test_analysis_of_a_kl_weight_crossed_with_noise(tmp_path):
     for b in ("0.0", "0.05"):
         clean, noisy = (results.loc[f"{a} | grpo_beta={b}"] for a in ("clean", "flip 0.4"))
         assert noisy["difference"] == pytest.approx(noisy["estimate"] - clean["estimate"], abs=1e-5)
-    assert {"accuracy-vs-noise-0", "accuracy-vs-noise-1"} <= {p.stem for p in (folder / "figures").iterdir()}
+    assert "accuracy-by-arm" in {p.stem for p in (folder / "figures").iterdir()}
+    assert "2 different arms end significantly below their reference" in text
 
 
 def test_analysis_of_named_arms_compares_each_with_its_reference(tmp_path):
@@ -106,10 +108,9 @@ def test_analysis_of_named_arms_compares_each_with_its_reference(tmp_path):
         assert row["reference"] == "clean, G=" + arm[-1]
         expected = row["estimate"] - results.loc[row["reference"], "estimate"]
         assert row["difference"] == pytest.approx(expected, abs=1e-5)
-        said = f"- {arm}: **harmed**" if row["p_holm"] < 0.05 and row["difference"] < 0 else f"- {arm}: "
-        assert said in text
-    assert "4 arms compared with a reference" in text and "Against **clean, G=8**" in text
-    assert "Several arms share a channel and a J" in text
+    worst = results["difference"].idxmin()
+    assert f"F{worst[1:]} loses most: {-100 * results.loc[worst, 'difference']:.1f} points.**" in text
+    assert "There is no figure over J here: arms share a channel and a J" in text
     figures = {p.stem for p in (folder / "figures").iterdir()}
     assert "accuracy-by-arm" in figures and not figures & {"accuracy-vs-noise", "common-axis-J"}
 
@@ -123,32 +124,33 @@ def test_analysis_of_channels_of_equal_J(tmp_path):
             {"name": "votes", "reward": "majority", "reference": "nobody"}]
     folder = write_study(tmp_path / "channels", arms, steps=6, questions=80)
     text, results = analyse(folder)
-    assert "Not compared, because the reference has no evaluated run of the same seeds: votes." in text
+    assert "Not compared, because the reference has no run of the same seeds: votes." in text
     assert np.isnan(results.loc["votes", "J"]) and results.loc["flip .3, group", "J"] == pytest.approx(0.4)
-    assert "share their J and differ in channel or in level alone: 9." in text  # 3 a level, 1 a channel
-    assert "Predicted crossing: q* = 0.87 for J = 0.4" in text
-    assert {"accuracy-by-arm", "common-axis-J", "theory-beside-measurement"} <= {
-        p.stem for p in (folder / "figures").iterdir()}
+    assert "9 pairs of arms share their J" in text  # 3 a level, 1 a channel
+    assert {"accuracy-by-arm", "common-axis-J"} <= {p.stem for p in (folder / "figures").iterdir()}
 
 
-def test_analysis_says_where_theory_is_wrong(tmp_path):
-    folder = write_study(tmp_path / "off", [{}, {"label_flip_rate": 0.3}], questions=40, steps=20)
-    signals = pd.read_parquet(folder / "signals.parquet")
-    flipped = signals["run_id"].str.startswith("flip") & (signals["quantity"] == "energy")
-    signals.loc[flipped, "measured"] += 0.1
+def test_one_noise_under_two_names_counts_once_if_no_prompt_comes_twice(tmp_path):
+    arms = [{}, {"mask_rate": 0.5}, {"label_flip_rate": 0.3, "noise_level": "group"},
+            {"label_flip_rate": 0.3, "noise_level": "prompt"}]
+    folder = write_study(tmp_path / "names", arms, questions=40, steps=4)
+    text, _ = analyse(folder)
+    assert "*flip 0.3 (group) and flip 0.3 (prompt)* are one experiment under 2 names" in text
+    assert re.search("2 different arms|2 differences", text)
+    signals = pd.read_parquet(folder / "signals.parquet").assign(revisits=1)
     signals.to_parquet(folder / "signals.parquet")
     text, _ = analyse(folder)
-    assert "**disagree** after Holm: flip 0.3, mean squared advantage" in text
+    assert "under 2 names" not in text and re.search("3 different arms|3 differences", text)
 
 
-def test_analysis_of_tables_from_before_names_and_signals(tmp_path):
-    folder = write_study(tmp_path / "old", [{}, {"mask_rate": 0.5}], questions=40, steps=4)
-    (folder / "signals.parquet").unlink()
-    for name, new in (("runs.csv", "arm channel rate J reference named"), ("summary.csv", "reference")):
-        pd.read_csv(folder / name).drop(columns=new.split()).to_csv(folder / name, index=False)
-    text, results = analyse(folder)
-    assert results.loc["mask 0.5", "reference"] == "clean" and results["difference"].notna().sum() == 1
-    assert "No signals.parquet in this study: run 03_eval again." in text
+def test_a_measured_cosine_stands_beside_theory(tmp_path):
+    folder = write_study(tmp_path / "cosine", questions=60, steps=4)
+    arms = pd.read_csv(folder / "runs.csv")["arm"].unique()
+    pd.DataFrame({"arm": arms, "cosine": np.linspace(1, 0.1, len(arms))}).to_csv(folder / "gradient.csv", index=False)
+    analyse(folder)
+    cells = {c.id: c for c in nbformat.read(folder / "analysis.ipynb", 4).cells}
+    ranks = cells["ranks"].outputs[0].data["text/plain"]
+    assert "cosine" in cells["kept"].outputs[0].data["text/html"] and "signal to noise − cosine" in ranks
 
 
 def test_analysis_without_tables_says_what_to_run(tmp_path):
