@@ -153,6 +153,40 @@ def test_a_measured_cosine_stands_beside_theory(tmp_path):
     assert "cosine" in cells["kept"].outputs[0].data["text/html"] and "signal to noise − cosine" in ranks
 
 
+# ---- the audit of the noise
+
+def audit(folder):
+    """Execute appendix/audit on a study folder; returns its computed paragraphs, joined."""
+    out = folder / "audit.ipynb"
+    papermill.execute_notebook(NOTEBOOK.parent / "appendix/audit.ipynb", out, {"study": str(folder)},
+                               progress_bar=False, cwd=NOTEBOOK.parents[1])
+    outputs = [o for cell in nbformat.read(out, 4).cells for o in cell.get("outputs", [])]
+    return "\n".join(o.get("data", {}).get("text/markdown", "") for o in outputs)
+
+
+def test_the_audit_finds_the_noise_as_it_should_be(tmp_path):
+    folder = write_study(tmp_path / "tiny", [{}, {"label_flip_rate": 0.3}, {"mask_rate": 0.6, "noise_level": "prompt"}],
+                         questions=40, rewards_log=True)
+    text = audit(folder)
+    assert re.search(r"All [\d,]+ logged rewards are what the channels draw", text)
+    assert "Of 12 realised rates" in text  # two a run, where each completion has a draw of its own
+    assert "Nowhere do theory and measurement differ significantly" in text
+    assert "0 of 3 runs with noise at prompt" in text
+    assert (folder / "figures/theory-beside-measurement.png").exists()
+
+
+def test_the_audit_says_where_theory_and_the_log_are_wrong(tmp_path):
+    folder = write_study(tmp_path / "off", [{}, {"label_flip_rate": 0.3}], questions=40, steps=20, rewards_log=True)
+    signals = pd.read_parquet(folder / "signals.parquet")
+    flipped = signals["run_id"].str.startswith("flip") & (signals["quantity"] == "energy")
+    signals.loc[flipped, "measured"] += 0.1
+    signals.to_parquet(folder / "signals.parquet")
+    pd.read_csv(folder / "replay.csv").assign(not_replayed=2).to_csv(folder / "replay.csv", index=False)
+    text = audit(folder)
+    assert "**disagree** after Holm for flip 0.3, mean squared advantage" in text
+    assert re.search(r"12 of [\d,]+ logged rewards are \*\*not\*\* what the channels draw", text)
+
+
 def test_analysis_without_tables_says_what_to_run(tmp_path):
     says = "run 03_eval first: .* has no runs.csv, summary.csv"
     with pytest.raises(papermill.PapermillExecutionError, match=says) as e:
