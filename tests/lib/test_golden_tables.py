@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from lib import report
-from runner import ROOT
+from runner import ROOT, evaluate
 
 STUDIES = sorted(path.parent for path in ROOT.glob("outputs/*/eval.parquet"))
 
@@ -25,7 +25,7 @@ def test_there_are_published_studies():
 def test_published_tables_come_out_of_the_graded_answers(folder):
     answers = report.count_answers(folder / "eval.parquet")
     runs = pd.read_csv(folder / "runs.csv")
-    summary = report.summarise(answers, runs)
+    summary = evaluate.summarise(answers, runs)
     assert not differences(folder, "summary.csv", summary, "%.6f")
 
     published = pd.read_csv(folder / "summary.csv")  # what 04_analysis reads

@@ -1,29 +1,13 @@
 """lib.report: graded answers are counted right, and tables say what is wrong with them."""
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from lib.report import accuracy_matrix, count_answers, write_answers
+from lib import report
+from lib.report import accuracy_matrix, count_answers
 from lib.stats import pair, paired_difference
 
 # ---- graded answers
-
-def answered(rng, questions, k):
-    """The table of one policy as 03_eval keeps it, in any order of rows."""
-    ids = rng.permutation([f"q{i}" for i in range(questions)])
-    rows = [(i, f"Level {1 + len(i) % 2}", "Addition", d, s) for i in ids
-            for d, n in (("sampled", k), ("greedy", 1)) for s in range(n)]
-    table = pd.DataFrame(rows, columns=["sample_id", "level", "type", "decoding", "sample"])
-    exact, more = rng.random((2, len(table))) < [[0.6], [0.1]]
-    table = table.assign(exact=exact, symbolic=exact | more, method=rng.choice(["exact", "unparsed"], len(table)))
-    return table.iloc[rng.permutation(len(table))].reset_index(drop=True)
-
 
 @pytest.fixture
 def tables(tmp_path):
@@ -39,69 +23,6 @@ def tables(tmp_path):
         return count_answers(tmp_path / "eval.parquet")
 
     return count, evals, runs
-
-
-@settings(max_examples=15)
-@given(st.integers(1, 6), st.integers(1, 8), st.integers(1, 4), st.integers(1, 60), st.integers(0, 2**32 - 1))
-def test_answers_written_in_pieces_are_those_of_one_table(tmp_path_factory, runs, questions, k, rows, seed):
-    """Whatever the size of the pieces, the file holds all rows in their order, and counting them is a groupby."""
-    rng, file = np.random.default_rng(seed), tmp_path_factory.mktemp("answers") / "eval.parquet"
-    all_of = {f"r{i}": answered(rng, questions, k) for i in rng.permutation(runs)}
-    write_answers(file, iter(all_of.items()), all_of, rows)
-    whole = pd.concat([t.assign(run_id=r) for r, t in all_of.items()], ignore_index=True)
-    back = pd.read_parquet(file)
-    assert list(back["run_id"].cat.categories) == sorted(all_of)
-    pd.testing.assert_frame_equal(back.astype(whole.dtypes), whole)
-    found = count_answers(file)
-    for name, column in (("n", 1), ("exact", whole["exact"]), ("symbolic", whole["symbolic"]),
-                         ("differ", whole["exact"] != whole["symbolic"])):
-        counted = whole.assign(hit=column).groupby(["decoding", "run_id", "sample_id"])["hit"].sum().unstack()
-        pd.testing.assert_frame_equal(getattr(found, name), counted, check_dtype=False, check_index_type=False,
-                                      check_column_type=False)
-    assert found.difficulty.to_dict() == dict(zip(whole["sample_id"], whole["level"], strict=True))
-
-
-def test_an_evaluation_that_stops_leaves_the_last_table(tmp_path):
-    rng, file = np.random.default_rng(0), tmp_path / "eval.parquet"
-    write_answers(file, [("a", answered(rng, 3, 2))], ["a"])
-    before = file.read_bytes()
-
-    def stops():
-        yield "a", answered(rng, 3, 2)
-        raise RuntimeError("the adapter of b changes nothing")
-
-    with pytest.raises(RuntimeError, match="the adapter of b"):
-        write_answers(file, stops(), ["a", "b"], rows=1)
-    assert file.read_bytes() == before
-
-
-BOUNDED = """
-import resource, sys
-from pathlib import Path
-import numpy as np
-from test_report import answered
-from lib.report import count_answers, write_answers
-from lib.stats import iqm
-
-file, peak = Path(sys.argv[1]), []
-table = answered(np.random.default_rng(0), 1000, 4)
-for runs in (10, 120):
-    names = [f"r{i}" for i in range(runs)]
-    write_answers(file, ((name, table) for name in names), names, rows=40_000)
-    counts = count_answers(file)
-    iqm((counts.exact / counts.n).loc["sampled"].iloc[:10].to_numpy(), n_boot=runs * 20)
-    peak.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # kB, bytes on macOS
-print(*peak)
-"""
-
-
-def test_memory_does_not_grow_with_the_rows(tmp_path):
-    """600,000 answers and 2,400 resamples, in pieces, beside 50,000 and 200: all rows at once take 160 MB more."""
-    done = subprocess.run([sys.executable, "-c", BOUNDED, tmp_path / "eval.parquet"], cwd=Path(__file__).parent,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    few, many = (int(peak) >> (20 if sys.platform == "darwin" else 10) for peak in done.stdout.split())  # MB
-    assert many - few < 50
 
 
 def test_accuracy_matrix_averages_samples(tables):
@@ -142,3 +63,107 @@ def test_errors_name_the_cause(tables):
     with pytest.raises(ValueError, match="no common seed"):
         other = accuracy_matrix(answers, runs.assign(seed=7), "flip 0.2")
         paired_difference(accuracy_matrix(answers, runs, "clean"), other)
+
+
+# ---- arms that are one
+
+def a_study(arms, accuracy, seeds=2):
+    """A study whose runs have the given accuracies: arm -> (parameters that differ, accuracies of its seeds)."""
+    runs, rows = [], []
+    questions = [f"q{i}" for i in range(20)]
+    for name, given in arms.items():
+        for seed in range(seeds):
+            run_id = f"{name}-{seed}"
+            params = dict.fromkeys(report.NOISE, 0.0) | {"noise_level": "rollout", "reward": "accuracy", "model": "m",
+                                                         "prompt_template": "none", "seed": seed, "base_seed": 0}
+            runs.append({"run_id": run_id, "arm": name, "channel": name.split()[0], "rate": 0.0, "reference": "clean",
+                         "named": False, "status": "done", "J": 1.0} | params | given)
+            right = np.random.default_rng([seed, accuracy[name][0]]).random(20) < accuracy[name][1]
+            rows += [(run_id, q, "Level 1", "sampled", 0, r, r) for q, r in zip(questions, right.tolist(), strict=True)]
+    columns = ["run_id", "sample_id", "level", "decoding", "sample", "exact", "symbolic"]
+    return pd.DataFrame(runs), pd.DataFrame(rows, columns=columns)
+
+
+def assembled(tmp_path, arms, accuracy):
+    runs, rows = a_study(arms, accuracy)
+    rows.to_parquet(tmp_path / "eval.parquet")
+    summary = runs[["run_id", "arm", "channel", "rate", "reference", "J", "seed", "base_seed"]]
+    return report.assemble(count_answers(tmp_path / "eval.parquet"), runs, summary)
+
+
+def test_equal_runs_are_one_arm_and_shared_noise_is_one_if_no_prompt_comes_twice(tmp_path):
+    arms = {"clean": {}, "flip (group)": {"label_flip_rate": 0.3, "noise_level": "group"},
+            "flip (prompt)": {"label_flip_rate": 0.3, "noise_level": "prompt"},
+            "mask (group)": {"mask_rate": 0.3, "noise_level": "group"},
+            "false positives (group)": {"false_positive_rate": 0.3, "noise_level": "group"}}
+    draws = {"clean": (0, 0.8), "flip (group)": (1, 0.6), "flip (prompt)": (2, 0.6), "mask (group)": (3, 0.5),
+             "false positives (group)": (3, 0.5)}  # the last two are the very same runs
+    study = assembled(tmp_path, arms, draws)
+    twins = [sorted(names) for names in report.same_arms(study, set(study.trained["run_id"])) if len(names) > 1]
+    assert sorted(twins) == [["false positives (group)", "mask (group)"], ["flip (group)", "flip (prompt)"]]
+    unknown = [sorted(names) for names in report.same_arms(study, set()) if len(names) > 1]
+    assert unknown == [["false positives (group)", "mask (group)"]]
+
+
+def test_losses_are_those_of_runs_of_one_seed(tmp_path):
+    study = assembled(tmp_path, {"clean": {}, "mask": {"mask_rate": 0.3}}, {"clean": (0, 0.9), "mask": (1, 0.3)})
+    found = report.losses(study)
+    assert list(found.index) == ["mask"] and list(found.columns) == [(0, 0), (0, 1)]
+    own, clean = (study.matrices[arm].mean(axis=1) for arm in ("mask", "clean"))
+    assert found.loc["mask"].to_numpy() == pytest.approx((own - clean).to_numpy())
+    mean = report.mean_of_names(pd.concat([found, found.rename(index={"mask": "twin"}) + 1]), [["mask", "twin"]])
+    assert mean.loc["mask"].to_numpy() == pytest.approx(found.loc["mask"].to_numpy() + 0.5)
+
+
+# ---- in words
+
+def test_numbers_in_words():
+    assert report.between(0.817, 0.773, 0.8604) == "81.7 (77.3 to 86.0)"
+    assert report.between(-0.0301, -0.05, 0.0001, "+") == "−3.0 (−5.0 to +0.0)"
+    assert report.between(0.5, np.nan, np.nan) == "50.0" and report.between(np.nan, 0, 1) == ""
+    assert report.percent(-0.0002) == "0.0"
+    assert [report.counted(n, "arm") for n in (1, 2, 2048)] == ["1 arm", "2 arms", "2,048 arms"]
+    assert [report.listed(x) for x in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a and b", "a, b and c"]
+
+
+def results_of(rows):
+    """A study that holds a table of results only: (arm, channel, rate, named, estimate, difference, Holm p)."""
+    columns = ["arm", "channel", "rate", "named", "estimate", "difference", "p_holm"]
+    table = pd.DataFrame(rows, columns=columns).assign(reference="clean", J=1.0)
+    table["difference_low"] = table["difference"] - 0.05
+    return report.Study(*[None] * 6, results=table)
+
+
+def answer(rows, before=0.4):
+    study = results_of(rows)
+    return report.answer(study, before, list(study.results["arm"]))
+
+
+CLEAN = ("clean", "clean", 0.0, False, 0.8, np.nan, np.nan)
+
+
+def test_the_answer_of_a_grid_says_what_is_tolerated_and_what_costs_most():
+    flips = [(f"flip {r}", "flip", r, False, 0.8 + d, d, p) for r, d, p in
+             ((0.1, -0.01, 1.0), (0.2, -0.02, 0.2), (0.3, -0.1, 0.01), (0.4, -0.3, 0.2))]
+    assert answer([CLEAN, *flips]) == [
+        "Clean training lifts accuracy from 40.0 % to 80.0 %.",
+        "No loss is significant up to flip 0.2; losses of 7.0 points remain possible there.",
+        "Flip 0.4 loses most: 30.0 points, 75 % of the gain."]  # .4 lies beyond the first significant loss
+
+
+def test_the_answer_of_named_arms_counts_them():
+    named = [(n, n, 0.3, True, 0.8 + d, d, p) for n, d, p in
+             (("a", -0.5, 0.01), ("b", -0.1, 0.3), ("c", 0.1, 0.04))]
+    assert answer([CLEAN, *named])[1:] == [
+        "Of 3 different arms, 1 end significantly below clean. Above it: c.",
+        "A loses most: 50.0 points, more than the whole gain."]
+    assert answer([CLEAN, *named[:1], ("d", "d", 0.3, True, 0.6, -0.2, 0.01)])[1] == (
+        "All 2 different arms end significantly below clean.")
+    assert answer([CLEAN, named[1]])[1] == "No arm of 1 differs significantly from clean."
+
+
+def test_the_answer_without_a_test_or_a_comparison_says_so():
+    untested = ("mask 0.5", "mask", 0.5, False, 0.7, -0.1, np.nan)
+    assert answer([CLEAN, untested])[1] == "No difference can be tested, because every arm has a single seed."
+    assert answer([CLEAN]) == ["No noisy arm is compared with a clean one here, so nothing is said about noise.",
+                               "Accuracy rises from 40.0 % to 80.0 %."]
