@@ -89,3 +89,9 @@ def test_status_follows_the_files(tmp_path):
     assert runs.status(folder) == "done" and not (folder / "FAILED").exists()
     (folder / "metrics.parquet").write_text("other")
     assert runs.status(folder) == "damaged"
+
+
+def test_a_run_on_too_few_problems_is_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(runs.dataset, "read_manifest", lambda _: {"counts": {"train_split": 15}})
+    with pytest.raises(ValueError, match="15 training problems are fewer than the 16 that one step takes"):
+        runs.check_inputs(parameters.resolve("tiny"))
