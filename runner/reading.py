@@ -6,7 +6,8 @@ the last. Here such values are refused, with the line and the remedy.
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+import string
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,22 @@ def mistakes_in_words(model: type[BaseModel], report: ValidationError) -> list[s
         else:
             sentences.append(f"{name}={error['input']!r}: {error['msg'].lower()}")
     return sentences
+
+
+def wrong_template(key: str, template: Any, known: Collection[str]) -> Iterator[str]:
+    """What is wrong with a text in which {parameter} stands for a value."""
+    if not isinstance(template, str):
+        yield f"{key}={template!r} is no text: put it in quotes"
+        return
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as e:
+        yield f"{key}={template!r}: {str(e).lower()}"
+        return
+    for _, field, _, _ in parts:
+        if field is not None and field not in known:
+            yield (f"name and reference may use parameters in braces, and {field!r} is none"
+                   f"{nearest(field, known)}")
 
 
 def as_list(value: Any) -> list:

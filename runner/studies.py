@@ -1,7 +1,6 @@
 """Studies: a grid of runs, written as a YAML file."""
 
 import itertools
-import string
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from runner.parameters import (
     run_id,
     study_folder_name,
 )
-from runner.reading import as_list, load_yaml, mistakes_in_words, nearest
+from runner.reading import as_list, load_yaml, mistakes_in_words, nearest, wrong_template
 
 STUDIES = ROOT / "params/studies"
 SET_ELSEWHERE = {"seed", "base_seed", "profile", "output_dir", "use_selected"}
@@ -172,24 +171,7 @@ def wrong_settings(settings: dict[str, Any]) -> Iterator[str]:
     if "reference" in settings and "name" not in settings:
         yield "reference is for arms that have a name: give this one a name too"
     for key in ("name", "reference"):
-        yield from wrong_template(key, settings.get(key, ""))
-
-
-def wrong_template(key: str, template: Any) -> Iterator[str]:
-    """What is wrong with a text in which {parameter} stands for a value."""
-    if not isinstance(template, str):
-        yield f"{key}={template!r} is no text: put it in quotes"
-        return
-    try:
-        fields = [field for _, field, _, _ in string.Formatter().parse(template)
-                  if field is not None]
-    except ValueError as e:
-        yield f"{key}={template!r}: {str(e).lower()}"
-        return
-    for field in fields:
-        if field not in Params.model_fields:
-            yield (f"name and reference may use parameters in braces, and {field!r} is none"
-                   f"{nearest(field, Params.model_fields)}")
+        yield from wrong_template(key, settings.get(key, ""), Params.model_fields)
 
 
 def repeated(cells: list[Cell]) -> Iterator[str]:
