@@ -20,7 +20,7 @@ from datasets import disable_progress_bars
 from transformers.utils import logging as transformers_logging
 
 from lib import report
-from runner import engines, parameters, policies, runs
+from runner import engines, parameters, policies, rewardlog, runs
 
 ALIKE = ("model", "prompt_template", "data_dir", "max_prompt_length", "max_completion_length")
 LABELS = ["sample_id", "level", "type", "decoding", "method"]
@@ -135,8 +135,7 @@ def check_adapter(params: parameters.Params, engine, prompt: str, of_base: list[
     if weights != (params.folder / "DONE").read_text().strip():
         raise RuntimeError(f"the adapter of {name} is not the one that its run recorded: delete "
                            "the run and repeat it")
-    silent = pd.read_parquet(params.folder / "metrics.parquet", columns=["frac_reward_zero_std"])
-    if not (silent < 1).any(axis=None):
+    if not rewardlog.rewards_differed(params.folder):
         return
     with_adapter = engine.numbers(params.folder / "adapter", prompt)
     if np.allclose(with_adapter, of_base, rtol=0, atol=1e-4):

@@ -119,6 +119,11 @@ class Engine:
         self.asked.append("closed")
 
 
+def log_rewards(run, rewards):
+    """The log of a run of one group that was given these rewards."""
+    pd.DataFrame({"step": 0, "sample_id": "a", "returned": rewards}).to_parquet(run.folder / "rewards.parquet")
+
+
 @pytest.fixture
 def finished(tmp_path, monkeypatch):
     """A finished run in the store of a temporary workspace, and where its table and that of its base are kept."""
@@ -127,7 +132,7 @@ def finished(tmp_path, monkeypatch):
     (run.folder / "adapter").mkdir(parents=True)
     (run.folder / "adapter/adapter_model.safetensors").write_text("weights")
     (run.folder / "DONE").write_text(evaluate.runs.adapter_hash(run.folder) + "\n")
-    pd.DataFrame({"frac_reward_zero_std": [1.0, 0.5]}).to_parquet(run.folder / "metrics.parquet")
+    log_rewards(run, [1.0, 0.0])
     return run, {"base-s0": tmp_path / "base.parquet", parameters.run_id(run): run.folder / "eval.parquet"}
 
 
@@ -155,7 +160,7 @@ def test_an_adapter_without_effect_is_refused_unless_its_run_had_no_signal(finis
     run, kept = finished
     with pytest.raises(RuntimeError, match="changes nothing"):
         evaluated(run, kept, Engine(effect=0.0))
-    pd.DataFrame({"frac_reward_zero_std": [1.0, 1.0]}).to_parquet(run.folder / "metrics.parquet")
+    log_rewards(run, [1.0, None])
     assert evaluated(run, kept, Engine(effect=0.0))[0] == list(kept)
 
 
