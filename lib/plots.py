@@ -309,7 +309,6 @@ def beside_theory(table: pd.DataFrame) -> Figure:
     """
     _need(table, "arm", "channel", "quantity", "measured", "predicted", "se")
     arms = list(table["arm"].unique())
-    table = table.round({"measured": 9, "predicted": 9})  # no zoom into differences of rounding
     table = table.assign(y=table["arm"].map(arms.index), low=table["measured"] - 1.96 * table["se"],
                          high=table["measured"] + 1.96 * table["se"])
     size = (8, 1.9 + _row_height(arms, 0.27) * len(arms))
@@ -322,6 +321,8 @@ def beside_theory(table: pd.DataFrame) -> Figure:
         ax.set_title(textwrap.fill(title, 16))
         ax.xaxis.set_major_locator(MaxNLocator(3))
         ax.margins(x=0.12)
+        left, right = ax.get_xlim()
+        ax.set_xlim(min(left, -0.005), max(right, 0.05))  # no zoom into differences of rounding
         _name_rows(ax, arms)
     fig.legend([Line2D([], [], color="0.3", marker="o"), Line2D([], [], **PREDICTED)],
                ["measured in the reward log", "predicted from true rewards and rates"],

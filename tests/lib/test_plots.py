@@ -254,11 +254,12 @@ def test_theory_beside_measurement_draws_a_panel_a_quantity_and_a_row_an_arm():
         np.testing.assert_allclose(predicted, [(0.2, 0), (0.4, 1)])
 
 
-def test_theory_that_fits_but_for_rounding_is_drawn_as_fitting():
-    rows = pd.DataFrame([{"arm": "clean", "channel": "clean", "quantity": q, "predicted": 0.4 + 1e-17,
-                          "measured": 0.4 - 1e-16, "se": 0.0} for q in plots.QUANTITIES])
+@pytest.mark.parametrize("value", [0.0, 0.4])
+def test_theory_that_fits_but_for_rounding_is_drawn_as_fitting(value):
+    rows = pd.DataFrame([{"arm": "clean", "channel": "clean", "quantity": q, "predicted": value + 1e-17,
+                          "measured": value - 1e-16, "se": 0.0} for q in plots.QUANTITIES])
     left, right = plots.beside_theory(rows).axes[0].get_xlim()
-    assert left <= 0 and right > 0.4
+    assert left <= 0 and right > value and right - left > 0.01
 
 
 # ---- training, looks, files
