@@ -35,7 +35,7 @@ fuzz: setup
 # A study in pieces, on machines that do not last: its evaluated runs without their weights, in one file that git can
 # hold, and back again. What was trained elsewhere then counts as done: make unpack, then the same make study.
 pack unpack: setup
-	@$(BIN)/python -m runner $(STUDY) --profile $(PROFILE) --$@
+	@$(BIN)/python scripts/pack.py $@ $(STUDY) --profile $(PROFILE)
 
 # Known vulnerabilities of the locked packages. --strict: a package of which the service says nothing is not passed over.
 # OSV=http://mirror/v1/query asks a mirror of osv.dev instead of PyPI.

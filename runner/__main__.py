@@ -1,121 +1,113 @@
-"""A whole study: `python -m runner tiny --profile tiny` runs every notebook that is not up to date.
+"""Do a whole study: data, base policies, runs, evaluation and analysis.
 
-01_data, 01b_warm_start, the grid of 02_train, 03_eval, 04_analysis; at the end the table of results and where the
-rendered notebooks are. `make study` calls this.
+Whatever is up to date is left alone. `make study` calls this.
 """
 
 import argparse
 import os
 import sys
-import time
-from pathlib import Path
 
 import pandas as pd
 from rich.console import Console
-from rich.table import Table
 
-from runner import BUILT_HERE, ROOT, dataset, files, pack, parameters, runs, studies, sweep
+from runner import (
+    ROOT,
+    dataset,
+    engines,
+    notebooks,
+    parameters,
+    plan,
+    results,
+    studies,
+    sweep,
+)
 
+MANUAL = """
+examples:
+  python -m runner flip --dry-run        the runs of params/studies/flip.yaml
+  python -m runner flip                  do them, evaluate and analyse
+  python -m runner flip --profile smol --gpus-per-run 0.25
+  python -m runner flip --address 10.0.0.7:6379
+                                         on a Ray cluster; inside it: auto
+  sbatch scripts/slurm.sh flip --profile smol
+                                         in a SLURM allocation
 
-def execute(notebook: str, folder: Path, console: Console, name: str | None = None, **parameters):
-    """Execute notebooks/<notebook>.ipynb with papermill and keep it in `folder`. RuntimeError says where it stopped."""
-    import papermill
+runs:
+  outputs/runs/<run_id>/ is the one store of all runs; it holds DONE when a run
+  is whole. The same cell in two studies is one run. The command can be
+  repeated at any time, and started twice: finished runs are skipped,
+  interrupted ones go on from their last checkpoint, and a run that another
+  process executes is waited for. A failed run is tried again by the next
+  command.
 
-    target = folder / f"{name or notebook}.ipynb"
-    folder.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
-    try:
-        papermill.execute_notebook(f"notebooks/{notebook}.ipynb", os.path.relpath(target), parameters,
-                                   kernel_name="python3", progress_bar=False, cwd=str(ROOT))
-    except papermill.PapermillExecutionError as e:
-        raise RuntimeError(f"{notebook} stopped: {e.ename}: {e.evalue}\nsee {dataset.shown(target)}") from None
-    console.print(f"{notebook}: {time.monotonic() - began:.0f} s")
+clusters:
+  All nodes share the file system of the workspace, under the same path, and
+  have the same Python and packages. The project's code comes from Ray.
 
+signals:
+  Ctrl-C or SIGTERM stops the running runs and says what is left; a second one
+  ends at once.
 
-def prepare(grid: list[parameters.Params], folder: Path, console: Console) -> None:
-    """Data and base policies that the grid needs, made if they are not there."""
-    for data_dir in sorted({p.data_dir for p in grid}):
-        try:
-            dataset.read_manifest(data_dir)
-        except FileNotFoundError:
-            if data_dir not in dataset.SOURCES:
-                raise
-            local_copy = os.environ.get("MATH_DIR") if data_dir == "math" else None
-            execute("01_data", folder, console, source=data_dir, math_dir=local_copy)
-    for p in {p.base_seed: p for p in grid}.values():
-        try:
-            runs.check_inputs(p)
-        except FileNotFoundError:
-            if p.model not in BUILT_HERE:
-                raise
-            execute("01b_warm_start", folder, console, f"01b_warm_start-s{p.base_seed}", profile=p.profile,
-                    base_seed=p.base_seed)
+exit status:
+  0  all runs are done     1  a run failed     130  stopped by a signal
+  2  something was refused before a run began
 
-
-def state(study: studies.Study, grid: list[parameters.Params], *notebooks: str) -> str:
-    """A digest of everything that evaluation and analysis read: the study, finished runs, data, notebooks and lib."""
-    finished = {parameters.run_id(p): (p.folder / "DONE").read_text() if runs.status(p.folder) == "done" else
-                runs.status(p.folder) for p in grid}
-    sources = [*sorted((ROOT / "lib").glob("*.py")), *(ROOT / f"notebooks/{n}.ipynb" for n in notebooks)]
-    hashes = [files.sha256(path) for path in sources]
-    data = sorted({dataset.data_hash(p.data_dir) for p in grid})
-    return files.digest([study.model_dump(), finished, data, hashes], 64)
-
-
-def to_html(notebook: Path) -> Path:
-    """Render an executed notebook beside itself, without code and what is about code. The page needs no network."""
-    import nbformat
-    from nbconvert import HTMLExporter
-    from traitlets.config import Config
-
-    page, scripts = notebook.with_suffix(".html"), ("html_head_js", "html_head_js_mathjax", "html_head_js_mermaidjs")
-    template = "{% extends 'lab/index.html.j2' %}" + "".join(f"{{% block {s} %}}{{% endblock %}}" for s in scripts)
-    template += """{% block data_png scoped %}{% set png = 'image/png' %}
-        <div class="jp-RenderedImage jp-OutputArea-output"><img alt="{{ output | get_metadata('alt', png) | e }}"
-        width="{{ output | get_metadata('width', png) }}"
-        src="data:image/png;base64,{{ output.data[png] }}"></div>{% endblock %}"""  # lab's has no alt
-    config = Config({"TagRemovePreprocessor": {"enabled": True, "remove_cell_tags": ["about-code"]}})
-    exporter = HTMLExporter(raw_template=template, exclude_input=True, config=config)
-    title = {"metadata": {"name": f"{notebook.parent.name}: analysis"}}
-    page.write_text(exporter.from_notebook_node(nbformat.read(notebook, 4), title)[0])
-    return page
+environment:
+  GRPO_NOISE_WORK  the workspace: where data/, models/ and outputs/ are
+                   (the project, if not set)
+  RAY_AUTH_MODE, RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH
+                   of a cluster that asks for a token
+  HF_ENDPOINT, HF_TOKEN
+                   hub of models, on every node that loads one
+"""
 
 
-def print_results(folder: Path, console: Console, about: parameters.Params):
-    """The table of results and where to read more."""
-    table = Table("arm", "J", "seeds", "accuracy", "95 % interval", "difference", "95 % interval", "Holm p", "from",
-                  title=f"{folder.name}: {about.model}, prompt template {about.prompt_template}")
-    for r in pd.read_csv(folder / "results.csv").itertuples():
-        compared, J = pd.notna(r.difference_low), f"{r.J:.2f}" if pd.notna(r.J) else ""
-        interval = f"{r.low:.3f} to {r.high:.3f}" if pd.notna(r.low) else "one seed: none"
-        table.add_row(r.arm, J, str(r.seeds), f"{r.estimate:.3f}", interval,
-                      *((f"{r.difference:+.3f}", f"{r.difference_low:+.3f} to {r.difference_high:+.3f}",
-                         f"{r.p_holm:.2g}", r.reference) if compared else ("", "", "", "")))
-    console.print(table)
-    rendered = [folder / "04_analysis.ipynb", folder / "04_analysis.html"]
-    for path in rendered + sorted((folder / "figures").glob("*.png")):
-        console.print(dataset.shown(path))
+class Once(argparse.Action):
+    """An option that may be given once. argparse itself takes the last of several in silence."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        given = vars(namespace).setdefault("_given", set())
+        if self.dest in given:
+            parser.error(f"{option_string} is given twice: one command does one study")
+        given.add(self.dest)
+        setattr(namespace, self.dest, value)
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The options of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m runner", description=__doc__, epilog=MANUAL,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", help="name or file of a study in params/studies")
+    parser.add_argument("--profile", default="tiny", action=Once, metavar="NAME",
+                        help="hardware and model: a name in params/profiles (tiny)")
+    group = parser.add_argument_group("only a part of it")
+    part = group.add_mutually_exclusive_group()
+    for option, text in (
+            ("--dry-run", "print the runs and which are done; execute nothing"),
+            ("--runs-only", "execute the runs; no evaluation, no analysis"),
+            ("--report", "evaluate and analyse what is finished; execute no run")):
+        part.add_argument(option, action="store_const", dest="part", const=option, help=text)
+    where = parser.add_argument_group("where, and how many at once")
+    where.add_argument("--address", metavar="HOST:PORT", action=Once,
+                       help="a Ray cluster that is there; without it, Ray starts here and ends "
+                            "with the command")
+    where.add_argument("--cpus-per-run", type=float, default=1, metavar="N", action=Once,
+                       help="CPU cores of a run (1)")
+    where.add_argument("--gpus-per-run", type=float, metavar="N", action=Once,
+                       help="0.25 lets four runs share a GPU; by default a run has one where "
+                            "there is one, and the tiny policy has none")
+    return parser
 
 
 def main(argv=None) -> int:
-    """Run the command; exit status 1 if a run failed, 2 if something was refused, 130 if stopped."""
-    parser = argparse.ArgumentParser(prog="python -m runner", description=__doc__.splitlines()[0],
-                                     epilog=sweep.MANUAL,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", help="name or file of a study in params/studies")
-    parser.add_argument("--profile", default="tiny", help="name of a profile in params/profiles (tiny)")
-    part = parser.add_mutually_exclusive_group()
-    part.add_argument("--dry-run", action="store_true", help="print the cells and what is done")
-    part.add_argument("--runs-only", action="store_true", help="execute the runs: no evaluation, no analysis")
-    part.add_argument("--pack", action="store_true", help="evaluated runs without weights into one file (make pack)")
-    part.add_argument("--unpack", action="store_true", help="back into the store (make unpack)")
-    part.add_argument("--report", action="store_true", help="execute no run: evaluate and analyse what is finished")
-    sweep.add_options(parser)
-    args = parser.parse_args(argv)
+    """Run the command; returns its exit status."""
+    args = command_line().parse_args(argv)
     os.chdir(ROOT)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    width = None if sys.stdout.isatty() else 80
+    console = Console(width=width, soft_wrap=True, markup=False, highlight=False)
     try:
-        return do(args, console)
+        return Command(args, console).do(args.part)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output, such as head, has seen enough
@@ -126,65 +118,104 @@ def main(argv=None) -> int:
         return 2
 
 
-def do(args: argparse.Namespace, console: Console) -> int:
-    """Do the part of a study that was asked for."""
-    study, grid = studies.load_study(args.study, args.profile)
-    folder = studies.folder_of(args.study, args.profile)
-    if args.pack or args.unpack:
-        return pack_or_unpack(args, folder, grid, console)
-    sweep.announce(args.study, study, grid, console)
-    if args.dry_run:
-        sweep.plan(study, grid, console)
+class Command:
+    """A study, its grid, and the parts of the work that can be asked for."""
+
+    def __init__(self, args: argparse.Namespace, console: Console):
+        self.args, self.console = args, console
+        self.study, self.grid = studies.load_study(args.study, args.profile)
+        self.folder = studies.folder_of(args.study, args.profile)
+        profile = "" if args.profile == "tiny" else f" --profile {args.profile}"
+        self.again = f"python -m runner {args.study}{profile}"
+
+    def do(self, part: str | None) -> int:
+        """Do one part, or all of it; returns the exit status."""
+        parts = {None: self.everything, "--dry-run": self.dry_run, "--runs-only": self.runs_only,
+                 "--report": self.report}
+        return parts[part]()
+
+    def everything(self) -> int:
+        """Inputs, runs, evaluation, analysis."""
+        self.announce()
+        plan.check_resources(self.grid, self.args.address, self.gpus())  # before any download
+        notebooks.make_inputs(self.grid, self.folder, self.console)
+        failed = self.execute_runs()
+        self.show_results()
+        return self.name_failures(failed)
+
+    def dry_run(self) -> int:
+        """The cells of the study, and what is there already."""
+        self.announce()
+        plan.print_plan(self.study, self.grid, self.console.file)
         try:
-            sweep.check(grid, args.address, args.gpus_per_run)
+            plan.check_resources(self.grid, self.args.address, self.gpus())
+            plan.check_inputs(self.grid)
         except (ValueError, OSError) as e:
             print(f"It could not start here yet: {e}", file=sys.stderr)
+        self.console.print(f"Next: {self.again}")
         return 0
-    if args.runs_only:
-        return sweep.report(sweep.run_grid(grid, console=console, **sweep.options(args)), grid)
-    failed = {}
-    if args.report:
-        if not any(runs.status(p.folder) == "done" for p in grid):
-            raise ValueError(f"no run of {args.study} is finished here, so there is nothing to report: start it with "
-                             f"python -m runner {args.study} --profile {args.profile}")
-    else:
-        sweep.check(grid, args.address, args.gpus_per_run, inputs=False)  # before anything is downloaded
-        prepare(grid, folder, console)
-        failed = sweep.run_grid(grid, console=console, **sweep.options(args))
-    evaluate_and_analyse(args, study, grid, console)
-    print_results(folder, console, grid[0])
-    return sweep.report(failed, grid)
 
+    def runs_only(self) -> int:
+        """The runs, and no evaluation."""
+        self.announce()
+        status = self.name_failures(self.execute_runs())
+        self.console.print(f"Next: {self.again} --report")
+        return status
 
-def pack_or_unpack(args: argparse.Namespace, folder: Path, grid: list[parameters.Params], console: Console) -> int:
-    """Write the archive of a study, or put what it holds into the store."""
-    if args.pack:
-        archive = pack.pack(folder, grid)
-        console.print(f"{dataset.shown(archive)}: {archive.stat().st_size / 2**20:.1f} MB")
+    def report(self) -> int:
+        """Evaluation and analysis of what is finished."""
+        if "done" not in plan.statuses(self.grid).values():
+            raise ValueError(f"no run of {self.args.study} is finished here, so there is nothing "
+                             f"to report: start it with {self.again}")
+        self.show_results()
         return 0
-    for name in pack.unpack(folder, grid):
-        console.print(f"{name} is {runs.status(grid[0].folder.with_name(name))} here and was left alone: delete its "
-                      "folder and unpack again")
-    done = sum(runs.status(p.folder) == "done" for p in grid)
-    console.print(f"{done} of {len(grid)} runs of {args.study} are done in {dataset.shown(grid[0].folder.parent)}")
-    return 0
 
+    def announce(self):
+        """Say what is going to run, where, and with whose hyperparameters."""
+        first = self.grid[0]
+        self.console.print(f"{self.study.title}. Runs: {len(self.grid)}, "
+                           f"profile: {first.profile}, folder: {dataset.shown(self.folder)}")
+        if first.model != "tiny" and not engines.gpu_query("name"):
+            self.console.print("nvidia-smi shows no GPU here: on a CPU, a run of this model can "
+                               "take hours.")
+        chosen = parameters.selected(first.profile) if self.study.use_selected else {}
+        if chosen:
+            values = ", ".join(f"{name}={value}" for name, value in chosen.items())
+            self.console.print(f"chosen by the hyperparameter study: {values}")
 
-def evaluate_and_analyse(args: argparse.Namespace, study: studies.Study, grid: list[parameters.Params],
-                         console: Console):
-    """Execute 03_eval and 04_analysis unless what they read is what they read last time."""
-    folder = studies.folder_of(args.study, args.profile)
-    for notebook, stamp, reads in (("03_eval", ".evaluated", ("03_eval",)),
-                                   ("04_analysis", ".analysed", ("03_eval", "04_analysis"))):
-        seen, now = folder / stamp, state(study, grid, *reads)
-        if seen.exists() and seen.read_text() == now:
-            console.print(f"{notebook} is up to date: nothing to do.")
-            continue
-        execute(notebook, folder, console, **({"study": args.study, "profile": args.profile}
-                                              if notebook == "03_eval" else {"study": folder.name}))
-        files.write_atomically(seen, now)
-        if notebook == "04_analysis":
-            to_html(folder / "04_analysis.ipynb")
+    def gpus(self) -> float:
+        """The part of a GPU that a run has."""
+        if self.args.gpus_per_run is None:
+            return plan.gpus_of_a_run(self.grid, self.args.address)
+        return self.args.gpus_per_run
+
+    def execute_runs(self) -> dict[str, str]:
+        """Execute the runs that are not done; returns {run_id: message} of failures."""
+        return sweep.run_grid(self.grid, self.console, self.args.address, self.args.cpus_per_run,
+                              self.gpus())
+
+    def show_results(self):
+        """Bring tables and analysis up to date, and print the results."""
+        notebooks.evaluate_and_analyse(self.args.study, self.args.profile, self.console)
+        about = self.grid[0]
+        self.console.print(f"\n{self.folder.name}: {about.model}, prompt template "
+                           f"{about.prompt_template}")
+        table = self.folder / "results.csv"
+        self.console.print(results.results_table(pd.read_csv(table)))
+        reproduced = results.compare_with_published(table)
+        if reproduced:
+            self.console.print(f"\n{reproduced}")
+        self.console.print(f"\nNext: open {dataset.shown(self.folder)}/04_analysis.html in a "
+                           "browser, or see the notebook beside it with make lab")
+
+    def name_failures(self, failed: dict[str, str]) -> int:
+        """Say which runs failed and where their notebooks are; returns the exit status."""
+        store = dataset.shown(self.grid[0].folder.parent)
+        for name, message in failed.items():
+            first_line = (message.splitlines() or ["?"])[0][:300]
+            print(f"FAILED {name}: {first_line}\n       see {store}/{name}/notebook.ipynb",
+                  file=sys.stderr)
+        return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from synthetic_study import NAMED, write_study
 
-from runner.__main__ import to_html
+from runner.notebooks import to_html
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "04_analysis.ipynb"
 

@@ -58,7 +58,7 @@ def test_a_study_leaves_tables_figures_and_rendered_notebooks(study):
                  "03_eval.ipynb", "04_analysis.ipynb", "04_analysis.html"):
         assert (folder / name).exists(), name
     assert list((folder / "figures").glob("*.png"))
-    assert "04_analysis.html" in done.stdout and "flip 0.25" in done.stdout
+    assert "Next: open outputs/two/04_analysis.html" in done.stdout and "flip 0.25" in done.stdout
     evaluated = pd.read_parquet(folder / "eval.parquet")
     assert len(evaluated) == 3 * 60 * (2 + 1)  # base and two runs, 60 questions, two samples and one greedy answer
     assert list(pd.read_csv(folder / "summary.csv").arm) == ["base", "clean", "flip 0.25"]
@@ -126,13 +126,19 @@ def test_the_same_cells_in_another_study_are_the_same_runs(study):
     assert (work / "outputs/again/results.csv").read_text() == (study[0] / "results.csv").read_text()
 
 
+def pack(work, *args):
+    """`make pack` or `make unpack` in the workspace."""
+    return subprocess.run([sys.executable, "scripts/pack.py", *map(str, args)], cwd=ROOT, capture_output=True,
+                          text=True, env=os.environ | {"GRPO_NOISE_WORK": str(work)})
+
+
 def test_a_study_is_packed_without_weights_and_goes_on_elsewhere(study, tmp_path):
     work = study[0].parents[1]
-    packed = command(work, "runner", work / "two.yaml", "--pack")
+    packed = pack(work, "pack", work / "two.yaml")
     assert packed.returncode == 0 and "outputs/two/runs.tar.xz" in packed.stdout, packed.stderr
     (tmp_path / "outputs/two").mkdir(parents=True)
     (study[0] / "runs.tar.xz").rename(tmp_path / "outputs/two/runs.tar.xz")
-    unpacked = command(tmp_path, "runner", work / "two.yaml", "--unpack")
+    unpacked = pack(tmp_path, "unpack", work / "two.yaml")
     assert unpacked.returncode == 0 and "2 of 2 runs" in unpacked.stdout, unpacked.stderr
     for run in runs_of(study[0]):
         there = tmp_path / "outputs/runs" / run.name

@@ -318,8 +318,8 @@ def small_disk(folder):
         subprocess.run(["umount", folder], check=True)
 
 
-RUN = ("import json, sys; from runner import parameters, runs, sweep;"
-       "print(json.dumps(sweep.execute(parameters.resolve('tiny', **json.loads(sys.argv[1])).model_dump())))")
+RUN = ("import json, sys; from runner import parameters, task;"
+       "print(json.dumps(task.execute(parameters.resolve('tiny', **json.loads(sys.argv[1])).model_dump())))")
 
 
 def execute(work, env=None, **given):

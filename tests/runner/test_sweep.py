@@ -1,4 +1,4 @@
-"""Planning reads little, claims are seen by others, a wrong address is refused. Lost nodes: see cluster.py."""
+"""Planning reads little, one task has a run, a wrong address is refused. Lost nodes: see cluster.py."""
 
 import io
 import os
@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 
+import pandas as pd
 import pytest
 from rich.console import Console
 
-from runner import ROOT, dataset, files, parameters, runs, studies, sweep
+from runner import ROOT, dataset, files, parameters, plan, results, runs, studies, sweep, task
+from runner.__main__ import main
 
 STUDY = """
 title: Two cells
@@ -50,10 +52,8 @@ def test_planning_reads_each_input_once(work, monkeypatch):
     subprocess.run([sys.executable, "-c", "import sys; sys.path.insert(0, 'tests/measure'); from pathlib import Path; "
                     "import fake_runs as f; f.finish_runs(f.write_study(Path(sys.argv[1]), 400))", str(work)],
                    cwd=ROOT, check=True, env=os.environ | {"GRPO_NOISE_WORK": str(work)})
-    for module, name in ((runs, "WORK"), (parameters, "WORK"), (sweep, "WORK"), (dataset, "WORK")):
-        monkeypatch.setattr(module, name, work)
-    for module in (parameters, studies):
-        monkeypatch.setattr(module, "OUTPUTS", work / "outputs")
+    for module in (runs, parameters, plan, dataset):
+        monkeypatch.setattr(module, "WORK", work)
     count = {}
 
     def counted(module, name):
@@ -72,39 +72,97 @@ def test_planning_reads_each_input_once(work, monkeypatch):
         raise Planned
 
     for module, name in ((dataset, "data_hash"), (runs, "check_inputs"), (runs, "status"),
-                         (sweep, "stale")):
+                         (plan, "refuse_other_inputs")):
         counted(module, name)
     monkeypatch.setattr(sweep, "connected", connected)
     _, grid = studies.load_study(str(work / "study.yaml"), "tiny")
     with pytest.raises(Planned):
-        sweep.run_grid(grid, console=Console(file=io.StringIO()))
-    assert count == {"data_hash": 1, "check_inputs": 1, "status": 399, "stale": 399}
+        sweep.run_grid(grid, Console(file=io.StringIO()))
+    assert count == {"data_hash": 1, "check_inputs": 1, "status": 399, "refuse_other_inputs": 399}
     record = grid[0].folder / "provenance.json"
     record.write_text(record.read_text().replace('"data_hash": "', '"data_hash": "x'))
     files.seal(grid[0].folder, "provenance.json")
     with pytest.raises(ValueError, match="was trained from another data"):
-        sweep.run_grid(grid, console=Console(file=io.StringIO()))
+        sweep.run_grid(grid, Console(file=io.StringIO()))
 
 
-def test_a_claim_is_seen_by_others_and_ends_with_its_process(tmp_path):
-    (tmp_path / ".sweeps").mkdir()
-    (tmp_path / "a-00000001").mkdir()
-    holder = subprocess.Popen([sys.executable, "-c", "import sys, time; from runner import sweep\n"
-                               f"f = open({str(tmp_path / sweep.CLAIMS)!r}, 'a'); assert sweep.claim(f, 'a-00000001')\n"
-                               "print('held', flush=True); time.sleep(60)"], stdout=subprocess.PIPE, cwd=ROOT)
-    assert holder.stdout.readline() == b"held\n"
-    names = ["a-00000001", "b-00000002"]
-    assert sweep.statuses(names, tmp_path) == {"a-00000001": "running", "b-00000002": "missing"}
-    with open(tmp_path / sweep.CLAIMS, "a") as file:
-        assert not sweep.claim(file, "a-00000001") and sweep.claim(file, "b-00000002")
-        holder.kill()
-        holder.wait()
-        assert sweep.claim(file, "a-00000001")
-        look = [sys.executable, "-c", "import sys; from runner import sweep; from pathlib import Path\n"
-                "print(sweep.statuses(['a-00000001'], Path(sys.argv[1])))", str(tmp_path)]
-        assert "running" in subprocess.run(look, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        sweep.release(file, "a-00000001")
-        assert "missing" in subprocess.run(look, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def test_the_task_that_has_a_run_is_seen_by_others_and_ends_with_its_process(tmp_path):
+    hold = ("import sys, time; from pathlib import Path; from runner import task\n"
+            "with task.lock(Path(sys.argv[1])) as ours: print(ours, flush=True); time.sleep(60)")
+    holder = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT)
+    assert holder.stdout.readline() == b"True\n"
+    assert task.is_taken(tmp_path) and plan.status_of(tmp_path) == "running"
+    with task.lock(tmp_path) as ours:
+        assert not ours
+    holder.kill()
+    holder.wait()
+    assert not task.is_taken(tmp_path) and plan.status_of(tmp_path) == "missing"
+    with task.lock(tmp_path) as ours:
+        assert ours
+
+
+def test_a_run_that_another_process_has_is_left_to_it(work, monkeypatch):
+    """Whether a sweep has it, or somebody's notebook."""
+    monkeypatch.setattr(parameters, "WORK", work)
+    _, (p, _) = studies.load_study(str(work / "two.yaml"), "tiny")
+    p.folder.mkdir(parents=True)
+    with task.lock(p.folder):
+        assert task.execute(p.model_dump()) == {"status": "elsewhere"}
+    monkeypatch.setattr(runs, "status", lambda folder: "running")
+    assert task.execute(p.model_dump()) == {"status": "elsewhere"}
+    assert not (p.folder / "notebook.ipynb").exists()
+
+
+def test_a_node_that_does_not_see_the_workspace_is_refused(tmp_path):
+    refused = task.execute({}, marker=str(tmp_path / "not here"))
+    assert refused["status"] == "refused" and "must share the file system of the workspace" in refused["message"]
+
+
+def test_the_dry_run_names_the_cells_and_the_next_command(work):
+    process = subprocess.run([sys.executable, "-m", "runner", work / "two.yaml", "--dry-run"], cwd=ROOT, text=True,
+                             env=os.environ | {"GRPO_NOISE_WORK": str(work)}, capture_output=True)
+    assert process.returncode == 0 and not process.stderr
+    assert "runs: 2; 2 missing" in process.stdout and f"Next: python -m runner {work}/two.yaml\n" in process.stdout
+
+
+def test_a_profile_given_twice_is_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["flip", "--profile", "tiny", "--profile", "smol"])
+    assert stopped.value.code == 2 and "--profile is given twice" in capsys.readouterr().err
+
+
+def test_results_fit_80_columns_and_say_percent():
+    for file in ROOT.glob("outputs/*/results.csv"):
+        console = Console(width=80, file=io.StringIO(), soft_wrap=True)
+        console.print(results.results_table(pd.read_csv(file)))
+        lines = console.file.getvalue().splitlines()
+        assert max(map(len, lines[:-1])) <= 80 and "…" not in "".join(lines) and "In percent" in lines[-1]
+
+
+def test_the_published_results_are_compared_with_those_that_are_here(tmp_path):
+    published = ROOT / "outputs/tiny/results.csv"
+    assert "were reproduced exactly" in results.compare_with_published(published)
+    other = tmp_path / "tiny/results.csv"
+    other.parent.mkdir()
+    table = pd.read_csv(published)
+    table.loc[0, "estimate"] += 0.012
+    table.to_csv(other, index=False)
+    assert "differs by up to 1.2 points" in results.compare_with_published(other)
+    assert results.compare_with_published(tmp_path / "unknown/results.csv") == ""
+
+
+def test_progress_is_read_off_the_reward_log(work, monkeypatch):
+    monkeypatch.setattr(parameters, "WORK", work)
+    monkeypatch.setattr(dataset, "WORK", work)
+    _, (p, _) = studies.load_study(str(work / "two.yaml"), "tiny")
+    assert sweep.progress_of(p) == []
+    log = p.folder / "rewards"
+    log.mkdir(parents=True)
+    for step in range(3):
+        file = log / f"step-{step:06d}.parquet"
+        pd.DataFrame({"true_reward": [0.0, float(step), 1.0, 0.0]}).to_parquet(file)
+        os.utime(file, (1000 + 30 * step, 1000 + 30 * step))
+    assert sweep.progress_of(p) == ["3/4", "0.750", "30.00", "0.5 min"]
 
 
 def test_an_address_where_nothing_answers_is_refused_at_once(work):
@@ -115,21 +173,22 @@ def test_an_address_where_nothing_answers_is_refused_at_once(work):
     assert time.time() - began < 40
 
 
-def test_many_runs_are_looked_at_by_all_cores(tmp_path):
-    files = ("DONE", "FAILED", "params.json", "metrics.parquet")  # each alone in its folder
-    names = [f"run-{i:04d}" for i in range(1100)]
-    for i, name in enumerate(names[:1050]):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / files[i % 4]).touch()
-    found = sweep.statuses(names, tmp_path)
-    assert list(found) == names and found == {name: runs.status(tmp_path / name) for name in names}
-    assert set(found.values()) == {"damaged", "failed", "interrupted", "missing"}
+def test_every_status_of_a_grid_is_found(work, monkeypatch):
+    monkeypatch.setattr(parameters, "WORK", work)
+    (work / "five.yaml").write_text(STUDY.replace("[0]", "[0, 1, 2]"))
+    _, grid = studies.load_study(str(work / "five.yaml"), "tiny")
+    left = ("DONE", "FAILED", "params.json", "metrics.parquet")  # each alone in its folder
+    for p, name in zip(grid, left, strict=False):
+        p.folder.mkdir(parents=True)
+        (p.folder / name).touch()
+    expected = ["damaged", "failed", "interrupted", "missing", "missing", "missing"]
+    assert plan.statuses(grid) == dict(zip([p.folder.name for p in grid], expected, strict=True))
 
 
 def test_a_published_archive_unpacks_into_the_store(tmp_path):
     """It was packed when each study had its own folder of runs, and the base policy no model in its name."""
     shutil.copytree(ROOT / "outputs/hyperparameters-smol", tmp_path / "outputs/hyperparameters-smol")
-    unpack = [sys.executable, "-m", "runner", "hyperparameters", "--profile", "smol", "--unpack"]
+    unpack = [sys.executable, "scripts/pack.py", "unpack", "hyperparameters", "--profile", "smol"]
     done = subprocess.run(unpack, cwd=ROOT, env=os.environ | {"GRPO_NOISE_WORK": str(tmp_path)}, capture_output=True,
                           text=True)
     assert "12 of 12 runs" in done.stdout, done.stderr
@@ -141,5 +200,5 @@ def test_a_published_archive_unpacks_into_the_store(tmp_path):
     before = sorted(half.iterdir())
     again = subprocess.run(unpack, cwd=ROOT, env=os.environ | {"GRPO_NOISE_WORK": str(tmp_path)}, capture_output=True,
                            text=True)
-    assert f"{half.name} is interrupted here and was left alone" in again.stdout.replace("\n", " ")
+    assert f"{half.name} is interrupted here and was left alone" in again.stdout
     assert "11 of 12 runs" in again.stdout and before == sorted(half.iterdir())

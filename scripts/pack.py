@@ -1,16 +1,23 @@
-"""A study in pieces, on machines that do not last: its evaluated runs in one file that git can hold, and back again.
+"""A study in pieces, on machines that do not last: its evaluated runs in one file, and back.
+
+    make pack STUDY=flip PROFILE=smol      evaluated runs, without weights, into one file
+    make unpack STUDY=flip PROFILE=smol    the runs of that file into the store
 
 What was trained elsewhere then counts as done: `make unpack`, then the same `make study`.
 """
 
+import argparse
 import os
 import shutil
+import sys
 import tarfile
 import tempfile
 from pathlib import Path
 
-from runner import dataset, runs
-from runner.parameters import Params
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from runner import dataset, runs, studies  # noqa: E402
+from runner.parameters import Params  # noqa: E402
 
 ARCHIVE = "runs.tar.xz"
 
@@ -43,11 +50,11 @@ def without_weights(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
     return entry
 
 
-def unpack(folder: Path, grid: list[Params]) -> list[str]:
-    """Put the runs of the archive in `folder` into the store; returns the names of those that could not be put there.
+def unpack(folder: Path, grid: list[Params]) -> list[Path]:
+    """Put the runs of the archive in `folder` into the store; returns folders that were in the way.
 
-    A file that is in the store already stays as it is, and so does a run that is not whole there. What is no run of
-    the study is left out.
+    A file that is in the store already stays as it is, and so does a run that is not whole there.
+    What is no run of the study is left out.
     """
     file = folder / ARCHIVE
     if not file.exists():
@@ -61,7 +68,7 @@ def unpack(folder: Path, grid: list[Params]) -> list[str]:
         for p in grid:
             packed = Path(scratch, "runs", p.folder.name)
             if packed.exists() and runs.status(p.folder) not in ("done", "missing"):
-                in_the_way.append(p.folder.name)
+                in_the_way.append(p.folder)
             else:
                 add_files(packed, p.folder)
             for name in (p.base_folder.name, f"base-s{p.base_seed}"):  # the second in older archives
@@ -71,9 +78,37 @@ def unpack(folder: Path, grid: list[Params]) -> list[str]:
 
 def add_files(source: Path, target: Path):
     """Move the files below `source` that `target` does not have, DONE last of all."""
-    files = sorted((path for path in source.rglob("*") if path.is_file()), key=lambda path: path.name == "DONE")
-    for path in files:
+    files = [path for path in source.rglob("*") if path.is_file()]
+    for path in sorted(files, key=lambda path: path.name == "DONE"):
         there = target / path.relative_to(source)
         if not there.exists():
             there.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(path, there)
+
+
+def main() -> int:
+    """Pack or unpack a study; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["pack", "unpack"])
+    parser.add_argument("study", help="name or file of a study in params/studies")
+    parser.add_argument("--profile", default="tiny")
+    args = parser.parse_args()
+    try:
+        _, grid = studies.load_study(args.study, args.profile)
+        folder = studies.folder_of(args.study, args.profile)
+        if args.what == "pack":
+            archive = pack(folder, grid)
+            print(f"{dataset.shown(archive)}: {archive.stat().st_size / 2**20:.1f} MB")
+            return 0
+        for run in unpack(folder, grid):
+            print(f"{run.name} is {runs.status(run)} here and was left alone: delete its folder and unpack again")
+        done = sum(runs.status(p.folder) == "done" for p in grid)
+        print(f"{done} of {len(grid)} runs of {args.study} are done in {dataset.shown(grid[0].folder.parent)}")
+        return 0
+    except (ValueError, OSError) as e:
+        print(e, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

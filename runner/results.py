@@ -1,0 +1,59 @@
+"""What a terminal shows of the results of a study."""
+
+import io
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+from rich.table import Table
+
+from runner import ROOT
+
+MACHINES = "Another processor may build another base policy: see docs/reliability.md"
+
+
+def results_table(results: pd.DataFrame) -> Table:
+    """A row an arm, in percent, at most 80 columns wide. results: the rows of results.csv."""
+    usual = results.reference.mode()[0]
+    table = Table(box=None, pad_edge=False, caption_justify="left", caption=(
+        f"In percent, with 95 % intervals. Differences are from {usual!r} or the arm in brackets."))
+    table.add_column("arm", overflow="fold")
+    for column in ("seeds", "accuracy", "difference", "Holm p"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in results.itertuples():
+        arm, compared = row.arm, pd.notna(row.difference_low)
+        if compared and row.reference != usual:
+            arm += f" (from {row.reference})"
+        accuracy = with_interval(row.estimate, row.low, row.high)
+        difference = with_interval(row.difference, row.difference_low, row.difference_high, "+")
+        holm = f"{row.p_holm:.2g}" if compared else ""
+        table.add_row(arm, str(row.seeds), accuracy, difference, holm)
+    return table
+
+
+def with_interval(estimate: float, low: float, high: float, sign: str = "") -> str:
+    """A share and its interval in percent, such as 57.6 (52.1 to 63.0); "" if there is none."""
+    if pd.isna(estimate):
+        return ""
+    value, lowest, highest = (f"{round(100 * x, 1) + 0.0:{sign}.1f}" for x in (estimate, low, high))
+    if pd.isna(low):  # one seed
+        return value
+    return f"{value} ({lowest} to {highest})"
+
+
+def compare_with_published(file: Path) -> str:
+    """One sentence: whether a results.csv is the one that git holds; "" if git holds none."""
+    path = f"outputs/{file.parent.name}/{file.name}"
+    shown = subprocess.run(["git", "-C", str(ROOT), "show", f"HEAD:{path}"],
+                           capture_output=True, text=True)
+    if shown.returncode:
+        return ""
+    if shown.stdout == file.read_text():
+        return f"The published results ({path}) were reproduced exactly."
+    published = pd.read_csv(io.StringIO(shown.stdout)).set_index("arm").estimate
+    here = pd.read_csv(file).set_index("arm").estimate
+    if set(here.index) != set(published.index):
+        return f"The published results ({path}) are those of other arms."
+    apart = 100 * (here - published).abs()
+    return (f"The published results ({path}) were not reproduced exactly: accuracy differs by up "
+            f"to {apart.max():.1f} points. {MACHINES}")
