@@ -209,8 +209,7 @@ def test_modules_import_without_a_circle(package):
 
 def test_committed_tables_of_studies_are_complete():
     for folder in (ROOT / "outputs").glob("*/summary.csv"):
-        for name in ("runs.csv", "eval.parquet", "metrics.parquet", "results.csv", "replay.csv", "04_analysis.ipynb",
-                     "04_analysis.html"):
+        for name in ("runs.csv", "eval.parquet", "metrics.parquet", "results.csv", "replay.csv", "04_analysis.ipynb"):
             assert (folder.parent / name).exists(), f"{folder.parent.name}/{name}"
         executed = json.loads((folder.parent / "04_analysis.ipynb").read_text())
         assert not any(o["output_type"] == "error" for c in executed["cells"] for o in c.get("outputs", []))

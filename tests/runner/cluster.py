@@ -124,7 +124,7 @@ def free_port():
 
 
 class Nodes:
-    """Ray nodes on this machine, each a process of `ray start --block` with its own environment."""
+    """Ray nodes on this machine, each a process of `ray start --block`."""
 
     def __init__(self, folder):
         self.folder, self.processes = folder, []
@@ -132,15 +132,15 @@ class Nodes:
                     "RAY_agent_register_timeout_ms": "120000"}
         self.address = f"{self.start('--head', '--port', port := free_port(), cpus=0)}:{port}"
 
-    def start(self, *arguments, cpus, **env):
-        """One more node; returns the address of this machine."""
+    def start(self, *arguments, cpus, prefix=()):
+        """One more node, its command behind `prefix`; returns the address of this machine."""
         log = self.folder / f"node-{len(self.processes)}.log"
         ports = [f"--{n}={free_port()}" for n in ("dashboard-agent-grpc-port", "dashboard-agent-listen-port",
                                                   "metrics-export-port", "runtime-env-agent-port")]
         for _ in range(3):  # a busy machine may exceed the time that Ray gives its own processes
             process = subprocess.Popen(
-                [Path(sys.executable).with_name("ray"), "start", "--block", "--num-cpus", str(cpus),
-                 "--object-store-memory", "100000000", *ports, *map(str, arguments)], env=os.environ | self.env | env,
+                [*prefix, Path(sys.executable).with_name("ray"), "start", "--block", "--num-cpus", str(cpus),
+                 "--object-store-memory", "100000000", *ports, *map(str, arguments)], env=os.environ | self.env,
                 stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
             while process.poll() is None and "--block" not in log.read_text():
                 time.sleep(0.2)
@@ -160,30 +160,48 @@ class Nodes:
                     continue
             self.processes[i].wait()
 
+    def kill_all(self):
+        """The head last."""
+        for i in reversed(range(len(self.processes))):
+            self.kill(i)
 
-@pytest.mark.parametrize("shared", [False, True], ids=["own file systems", "shared file system"])
-def test_a_node_is_killed_in_mid_sweep(undisturbed, work, tmp_path, shared):
-    """Every run ends done once, with the weights of an undisturbed sweep, wherever its node kept its files."""
+
+def test_a_node_is_killed_in_mid_sweep(undisturbed, work, tmp_path):
+    """Every run ends done once, from its checkpoint, with the weights of an undisturbed sweep."""
     nodes = Nodes(tmp_path)
-    places = [work / "outputs", work / "outputs"] if shared else [tmp_path / "node1", tmp_path / "node2"]
     try:
-        nodes.start("--address", nodes.address, cpus=1, **({} if shared else {"GRPO_NOISE_WORK": str(places[0])}))
+        nodes.start("--address", nodes.address, cpus=1)
         process = command(work, work / "two.yaml", "--address", nodes.address, **nodes.env)
-        until(lambda: begun(places[0]), process)
+        until(lambda: begun(work), process)
         nodes.kill(1)  # the only one that executes runs: the sweep waits for another
-        nodes.start("--address", nodes.address, cpus=1, **({} if shared else {"GRPO_NOISE_WORK": str(places[1])}))
+        nodes.start("--address", nodes.address, cpus=1)
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, out + err
     finally:
-        for i in reversed(range(len(nodes.processes))):
-            nodes.kill(i)
+        nodes.kill_all()
     assert adapters(work / "outputs") == undisturbed[2]
-    for run in (work / "outputs/runs").glob("*/provenance.json"):
-        record = json.loads(run.read_text())
-        assert record["git_commit"] == provenance.commit()["git_commit"]
-    resumed = [json.loads(p.read_text())["resumed_from"] for p in (work / "outputs/runs").glob("*/provenance.json")]
-    assert any(resumed) == shared  # without a common file system, what was on the node is lost
-    assert not list(places[1].glob("*/outputs/runs/*/DONE"))  # what was sent does not stay on the node
+    records = [json.loads(run.read_text()) for run in (work / "outputs/runs").glob("*/provenance.json")]
+    assert {record["git_commit"] for record in records} == {provenance.commit()["git_commit"]}
+    assert any(record["resumed_from"] for record in records)
+
+
+def test_a_node_that_does_not_share_the_file_system_is_refused(work, tmp_path):
+    """It has an empty folder where the workspace is. The sweep says so, and leaves nothing behind."""
+    nodes = Nodes(tmp_path)
+    own = f"mount -t tmpfs none {work} && exec \"$@\""
+    apart = ["unshare", "--mount", "bash", "-c", own, "_"]
+    if subprocess.run([*apart, "true"], capture_output=True).returncode:
+        pytest.skip("a file system of its own needs root")
+    try:
+        nodes.start("--address", nodes.address, cpus=1, prefix=apart)
+        process = command(work, work / "two.yaml", "--address", nodes.address, **nodes.env)
+        out, err = process.communicate(timeout=300)
+    finally:
+        nodes.kill_all()
+    assert process.returncode == 2, out + err
+    assert f"does not see {work}" in err and "make pack" in err and len(err.splitlines()) == 1
+    assert not list((work / "outputs/runs").glob("*/params.json"))
+    assert not list((work / "outputs/runs/.sweeps").iterdir())
 
 
 SRUN = """#!/usr/bin/env bash
