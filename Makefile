@@ -73,7 +73,7 @@ test-vllm: .venv-vllm/.ready
 scale: setup
 	@$(MEASURE)/scale.py $(OPTIONS)
 
-# Sweeps that are stopped, that meet, and that lose nodes; the submit script with a stand-in for SLURM. Minutes.
+# Sweeps that are stopped, that meet, and that lose or refuse nodes; the submit script with a stand-in for SLURM. Minutes.
 test-cluster: setup
 	@$(BIN)/python -m pytest -q tests/runner/cluster.py
 
