@@ -125,8 +125,7 @@ class Command:
         self.args, self.console = args, console
         self.study, self.grid = studies.load_study(args.study, args.profile)
         self.folder = studies.folder_of(args.study, args.profile)
-        profile = "" if args.profile == "tiny" else f" --profile {args.profile}"
-        self.again = f"python -m runner {args.study}{profile}"
+        self.again = f"python -m runner {args.study} --profile {args.profile}"
 
     def do(self, part: str | None) -> int:
         """Do one part, or all of it; returns the exit status."""
@@ -178,10 +177,10 @@ class Command:
         if first.model != "tiny" and not engines.gpu_query("name"):
             self.console.print("nvidia-smi shows no GPU here: on a CPU, a run of this model can "
                                "take hours.")
-        chosen = parameters.selected(first.profile) if self.study.use_selected else {}
-        if chosen:
-            values = ", ".join(f"{name}={value}" for name, value in chosen.items())
-            self.console.print(f"chosen by the hyperparameter study: {values}")
+        if self.study.use_selected:
+            chosen = parameters.selected(first.profile).items()
+            values = ", ".join(f"{name}={value}" for name, value in chosen)
+            self.console.print(f"chosen by the hyperparameter study: {values or 'nothing'}")
 
     def gpus(self) -> float:
         """The part of a GPU that a run has."""
@@ -212,10 +211,10 @@ class Command:
         """Say which runs failed and where their notebooks are; returns the exit status."""
         store = dataset.shown(self.grid[0].folder.parent)
         for name, message in failed.items():
-            first_line = (message.splitlines() or ["?"])[0][:300]
+            first_line = message.splitlines()[0][:300]
             print(f"FAILED {name}: {first_line}\n       see {store}/{name}/notebook.ipynb",
                   file=sys.stderr)
-        return 1 if failed else 0
+        return int(bool(failed))
 
 
 if __name__ == "__main__":

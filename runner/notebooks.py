@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from runner import BUILT_HERE, ROOT, dataset, files, runs, studies
+from runner import BUILT_HERE, ROOT, dataset, files, plan, runs, studies
 from runner.parameters import Params
 
 
@@ -28,23 +28,32 @@ def run_notebook(name: str, target: Path, console: Console, **parameters):
 
 def make_inputs(grid: list[Params], folder: Path, console: Console):
     """Make the data and the base policies that a grid needs and that this project can make."""
-    for data_dir in sorted({p.data_dir for p in grid}):
-        try:
-            dataset.read_manifest(data_dir)
-        except FileNotFoundError:
-            if data_dir not in dataset.SOURCES:
-                raise
-            local_copy = os.environ.get("MATH_DIR") if data_dir == "math" else None
-            run_notebook("01_data", folder / "01_data.ipynb", console,
-                         source=data_dir, math_dir=local_copy)
-    for p in {p.base_seed: p for p in grid}.values():
-        try:
-            runs.check_inputs(p)
-        except FileNotFoundError:
-            if p.model not in BUILT_HERE:
-                raise
-            run_notebook("01b_warm_start", folder / f"01b_warm_start-s{p.base_seed}.ipynb",
-                         console, profile=p.profile, base_seed=p.base_seed)
+    for alike in plan.by_inputs(grid):
+        make_data(alike[0].data_dir, folder, console)
+        make_policy(alike[0], folder, console)
+
+
+def make_data(data_dir: str, folder: Path, console: Console):
+    """Execute 01_data if the data are not there, and are of a source that it knows."""
+    try:
+        dataset.read_manifest(data_dir)
+    except FileNotFoundError:
+        if data_dir not in dataset.SOURCES:
+            raise
+        local_copy = os.environ.get("MATH_DIR") if data_dir == "math" else None
+        run_notebook("01_data", folder / "01_data.ipynb", console,
+                     source=data_dir, math_dir=local_copy)
+
+
+def make_policy(p: Params, folder: Path, console: Console):
+    """Execute 01b_warm_start if the base policy is not there, and is one that it makes."""
+    try:
+        runs.check_inputs(p)
+    except FileNotFoundError:
+        if p.model not in BUILT_HERE:
+            raise
+        run_notebook("01b_warm_start", folder / f"01b_warm_start-s{p.base_seed}.ipynb", console,
+                     profile=p.profile, base_seed=p.base_seed)
 
 
 def evaluate_and_analyse(name: str, profile: str, console: Console):
@@ -72,15 +81,15 @@ def update(notebook: str, folder: Path, read: str, console: Console, **parameter
 
 def fingerprint(study: studies.Study, grid: list[Params], *notebooks: str) -> str:
     """A digest of all that these notebooks read: study, finished runs, data, and their code."""
-    finished = {}
+    found = plan.statuses(grid)
     for p in grid:
-        status = runs.status(p.folder)
-        finished[p.folder.name] = status if status != "done" else (p.folder / "DONE").read_text()
+        if found[p.folder.name] == "done":
+            found[p.folder.name] = (p.folder / "DONE").read_text()
     sources = [*sorted((ROOT / "lib").glob("*.py")), *sorted((ROOT / "runner").glob("*.py"))]
     sources += [ROOT / f"notebooks/{name}.ipynb" for name in notebooks]
     code = [files.sha256(path) for path in sources]
     data = sorted({dataset.data_hash(p.data_dir) for p in grid})
-    return files.digest([study.model_dump(), finished, data, code], 64)
+    return files.digest([study.model_dump(), found, data, code], 64)
 
 
 # Of jupyterlab's page: no script from elsewhere, and figures with the words that describe them.

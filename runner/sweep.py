@@ -177,13 +177,13 @@ def cells_of(grid: list[Params], console: Console) -> list[Cell]:
     """The cells of a grid, done or waiting. Damaged runs are named; stale ones are refused."""
     found = plan.statuses(grid)
     plan.refuse_stale([p for p in grid if found[p.folder.name] == "done"])
-    cells = []
-    for p in grid:
-        status = found[p.folder.name]
-        if status == "damaged":
-            console.print(f"{p.folder.name} was done, but {runs.damage(p.folder)}: "
+    cells = [Cell(p, found[p.folder.name]) for p in grid]
+    for cell in cells:
+        if cell.status == "damaged":
+            console.print(f"{cell.name} was done, but {runs.damage(cell.params.folder)}: "
                           "it is started again.")
-        cells.append(Cell(p, "done" if status == "done" else "waiting"))
+        if cell.status != "done":
+            cell.status = "waiting"
     return cells
 
 
@@ -290,10 +290,10 @@ class Sweep:
         """Kill the tasks that are left, and wait until their kernels are gone."""
         for reference in self.running:
             self.ray.cancel(reference, force=True)
-        folders = [cell.params.folder for cell in self.running.values()]
         until = time.monotonic() + 10
-        while time.monotonic() < until and "running" in map(plan.status_of, folders):
-            time.sleep(0.2)
+        for cell in self.running.values():
+            while plan.status_of(cell.params.folder) == "running" and time.monotonic() < until:
+                time.sleep(0.2)
 
     def say_what_is_left(self):
         """After a stop: how many runs are done, and how to go on."""

@@ -122,7 +122,8 @@ def test_the_dry_run_names_the_cells_and_the_next_command(work):
     process = subprocess.run([sys.executable, "-m", "runner", work / "two.yaml", "--dry-run"], cwd=ROOT, text=True,
                              env=os.environ | {"GRPO_NOISE_WORK": str(work)}, capture_output=True)
     assert process.returncode == 0 and not process.stderr
-    assert "runs: 2; 2 missing" in process.stdout and f"Next: python -m runner {work}/two.yaml\n" in process.stdout
+    assert "runs: 2; 2 missing" in process.stdout
+    assert f"Next: python -m runner {work}/two.yaml --profile tiny\n" in process.stdout
 
 
 def test_a_profile_given_twice_is_refused(capsys):
