@@ -72,8 +72,8 @@ def main() -> int:
     env = os.environ | {"GRPO_NOISE_WORK": str(work), "TMPDIR": str(work / "tmp"), "RAY_TMPDIR": str(work / "tmp")}
     began, rows = time.monotonic(), []
     with open(work / "log", "w") as log:
-        sweep = subprocess.Popen([sys.executable, "-m", "runner", study(work, args.runs, args.steps), *options],
-                                 cwd=ROOT, env=env, stdout=log, stderr=log)
+        sweep = subprocess.Popen([sys.executable, "-m", "runner", study(work, args.runs, args.steps), "--runs-only",
+                                  *options], cwd=ROOT, env=env, stdout=log, stderr=log)
     driver = psutil.Process(sweep.pid)
     while sweep.poll() is None:
         try:

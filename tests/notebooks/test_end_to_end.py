@@ -149,7 +149,7 @@ def test_a_study_is_packed_without_weights_and_goes_on_elsewhere(study, tmp_path
 def test_a_failing_run_is_reported_and_does_not_stop_the_others(workspace):
     (workspace / "fail.yaml").write_text(STUDY.replace("{}", "max_prompt_length: 1").replace(
         "label_flip_rate: 0.25", "mask_rate: 1.0"))
-    done = command(workspace, "runner", workspace / "fail.yaml")
+    done = command(workspace, "runner", workspace / "fail.yaml", "--runs-only")
     assert done.returncode == 1
     _, grid = studies.load_study(str(workspace / "fail.yaml"), "tiny")
     failed, unrewarded = (workspace / "outputs/runs" / parameters.run_id(p) for p in grid)

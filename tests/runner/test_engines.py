@@ -9,7 +9,7 @@ import pytest
 from trl import GRPOConfig
 from trl.trainer.utils import ensure_master_addr_port
 
-from runner import ROOT, cluster, engines, parameters, policies, sweep
+from runner import ROOT, engines, parameters, plan, policies, task
 
 GOOD = "9.0, 80000, 81559"
 
@@ -129,7 +129,7 @@ def test_a_sweep_gives_an_engine_a_gpu_to_itself(machine, part, address):
     machine()
     grid = [parameters.resolve("smol", model="smol", data_dir="arithmetic", engine="vllm")]
     with pytest.raises(ValueError, match=f"needs a GPU to itself, not --gpus-per-run {part}: give 1"):
-        sweep.run_grid(grid, address=address, gpus_per_run=part)
+        plan.check_resources(grid, address, part)
 
 
 def test_more_than_there_is_is_refused_and_not_waited_for(workspace):
@@ -151,8 +151,8 @@ def test_a_run_out_of_memory_gets_advice_and_no_second_try(tmp_path, monkeypatch
     nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), tmp_path / "notebooks/02_train.ipynb")
     monkeypatch.setenv("GRPO_NOISE_GPU_SHARE", "1")  # what the run sets is taken back
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(cluster, "ROOT", tmp_path)
+    monkeypatch.setattr(task, "ROOT", tmp_path)
     monkeypatch.setattr(parameters, "WORK", tmp_path)
-    result = sweep.execute(parameters.resolve("tiny").model_dump(), 0.25)
+    result = task.execute(parameters.resolve("tiny").model_dump(), 0.25)
     assert result["status"] == "failed" and not result["retry"]
     assert said in result["message"] and "--gpus-per-run" in result["message"]

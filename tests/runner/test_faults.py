@@ -240,8 +240,8 @@ STUDY = ("title: One cell\narms: [{label_flip_rate: 0.3}]\nfixed: {max_steps: 10
 
 
 def sweep(work, name):
-    """Start `python -m runner` on a study in the workspace."""
-    return subprocess.Popen([sys.executable, "-m", "runner", work / f"{name}.yaml"], cwd=ROOT, text=True,
+    """Start the runs of a study in the workspace."""
+    return subprocess.Popen([sys.executable, "-m", "runner", work / f"{name}.yaml", "--runs-only"], cwd=ROOT, text=True,
                             env=os.environ | {"GRPO_NOISE_WORK": str(work)}, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE)
 
