@@ -148,7 +148,7 @@ class Command:
         plan.print_plan(self.study, self.grid, self.console.file)
         try:
             plan.check_resources(self.grid, self.args.address, self.gpus())
-            plan.check_inputs(self.grid)
+            plan.check_all_inputs(self.grid)
         except (ValueError, OSError) as e:
             print(f"It could not start here yet: {e}", file=sys.stderr)
         self.console.print(f"Next: {self.again}")

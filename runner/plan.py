@@ -40,7 +40,7 @@ def by_inputs(grid: list[Params]) -> list[list[Params]]:
     return list(groups.values())
 
 
-def check_inputs(grid: list[Params]):
+def check_all_inputs(grid: list[Params]):
     """FileNotFoundError, with the command to run, if data or a base policy are not there."""
     for alike in by_inputs(grid):
         runs.check_inputs(alike[0])
@@ -75,10 +75,10 @@ def refuse_stale(finished: list[Params]):
     for alike in by_inputs(finished):
         today = inputs_today(alike[0])
         for p in alike:
-            refuse_other_inputs(p.folder, today)
+            compare_inputs(p.folder, today)
 
 
-def refuse_other_inputs(folder: Path, today: dict[str, str]):
+def compare_inputs(folder: Path, today: dict[str, str]):
     """ValueError if the run in `folder` began with other hashes than those of `today`."""
     record = json.loads(read(folder / "provenance.json"))
     then = {"data": record["data_hash"], "base policy": record["policy_hash"]}

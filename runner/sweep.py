@@ -1,4 +1,4 @@
-"""The grid of a study on Ray: each cell is one task that executes 02_train.
+"""The grid of a study on Ray: each job is one task that executes 02_train.
 
 Finished runs are skipped, interrupted ones go on from their last checkpoint, and a run that fails
 leaves its executed notebook and does not stop the others.
@@ -28,7 +28,7 @@ SHOWN = 12  # running runs in the live table
 
 
 @dataclass
-class Cell:
+class Job:
     """One run of a sweep."""
 
     params: Params
@@ -155,58 +155,58 @@ def workspace_marker(grid: list[Params]):
 
 def run_grid(grid: list[Params], console: Console, address: str | None = None,
              cpus_per_run: float = 1, gpus_per_run: float = 0) -> dict[str, str]:
-    """Execute all cells of a study that are not done; returns {run_id: message} of failures.
+    """Execute all jobs of a study that are not done; returns {run_id: message} of failures.
 
     KeyboardInterrupt after Ctrl-C or SIGTERM, when the running runs have been stopped.
     """
     plan.check_resources(grid, address, gpus_per_run)
-    plan.check_inputs(grid)
-    cells = cells_of(grid, console)
-    if all(cell.status == "done" for cell in cells):
+    plan.check_all_inputs(grid)
+    jobs = jobs_of(grid, console)
+    if all(job.status == "done" for job in jobs):
         console.print(f"All {len(grid)} runs are done: nothing to do.")
         return {}
     needs = {"CPU": cpus_per_run, "GPU": gpus_per_run}
     # Ray takes SIGTERM for itself when it starts, so the signals are ours after that.
     with connected(address) as ray, stop_signals() as stop, workspace_marker(grid) as marker:
         refuse_too_large(living_nodes(ray), needs)
-        Sweep(ray, cells, needs, str(marker), console).work(stop)
-    return {cell.name: cell.message for cell in cells if cell.status == "failed"}
+        Sweep(ray, jobs, needs, str(marker), console).work(stop)
+    return {job.name: job.message for job in jobs if job.status == "failed"}
 
 
-def cells_of(grid: list[Params], console: Console) -> list[Cell]:
-    """The cells of a grid, done or waiting. Damaged runs are named; stale ones are refused."""
+def jobs_of(grid: list[Params], console: Console) -> list[Job]:
+    """The jobs of a grid, done or waiting. Damaged runs are named; stale ones are refused."""
     found = plan.statuses(grid)
     plan.refuse_stale([p for p in grid if found[p.folder.name] == "done"])
-    cells = [Cell(p, found[p.folder.name]) for p in grid]
-    for cell in cells:
-        if cell.status == "damaged":
-            console.print(f"{cell.name} was done, but {runs.damage(cell.params.folder)}: "
+    jobs = [Job(p, found[p.folder.name]) for p in grid]
+    for job in jobs:
+        if job.status == "damaged":
+            console.print(f"{job.name} was done, but {runs.damage(job.params.folder)}: "
                           "it is started again.")
-        if cell.status != "done":
-            cell.status = "waiting"
-    return cells
+        if job.status != "done":
+            job.status = "waiting"
+    return jobs
 
 
 class Sweep:
-    """The cells of a study on their way from waiting to done or failed."""
+    """The jobs of a study on their way from waiting to done or failed."""
 
-    def __init__(self, ray, cells: list[Cell], needs: dict[str, float], marker: str,
+    def __init__(self, ray, jobs: list[Job], needs: dict[str, float], marker: str,
                  console: Console):
-        self.ray, self.cells, self.needs = ray, cells, needs
+        self.ray, self.jobs, self.needs = ray, jobs, needs
         self.marker, self.console = marker, console
         self.task = ray.remote(num_cpus=needs["CPU"], num_gpus=needs["GPU"], max_retries=0)(
             task.execute)
-        self.running: dict = {}  # Ray's reference -> cell
+        self.running: dict = {}  # Ray's reference -> job
         self.took: list[float] = []  # seconds of each run that ended here
         self.slots = room(living_nodes(ray), needs)
         self.began = self.looked = time.monotonic()
 
-    def those(self, *statuses: str) -> list[Cell]:
-        """The cells that have one of these statuses."""
-        return [cell for cell in self.cells if cell.status in statuses]
+    def those(self, *statuses: str) -> list[Job]:
+        """The jobs that have one of these statuses."""
+        return [job for job in self.jobs if job.status in statuses]
 
     def work(self, stop: list):
-        """Keep as many tasks running as there is room for, until no cell is left.
+        """Keep as many tasks running as there is room for, until no job is left.
 
         KeyboardInterrupt as soon as `stop` is filled.
         """
@@ -233,12 +233,12 @@ class Sweep:
         """Submit as many runs as there is room for; nodes may have come or gone."""
         self.slots = room(living_nodes(self.ray), self.needs)
         free = max(0, self.slots - len(self.running))
-        for cell in self.those("waiting")[:free]:
-            cell.status, cell.began = "running", time.monotonic()
-            cell.tries += 1
+        for job in self.those("waiting")[:free]:
+            job.status, job.began = "running", time.monotonic()
+            job.tries += 1
             reference = self.task.remote(
-                cell.params.model_dump(), self.needs["GPU"], self.marker)
-            self.running[reference] = cell
+                job.params.model_dump(), self.needs["GPU"], self.marker)
+            self.running[reference] = job
 
     def settle_finished(self):
         """Wait up to a second for tasks to end, and settle those that did."""
@@ -247,68 +247,68 @@ class Sweep:
             return
         ended, _ = self.ray.wait(list(self.running), timeout=1)
         for reference in ended:
-            cell = self.running.pop(reference)
+            job = self.running.pop(reference)
             try:
                 result = self.ray.get(reference)
             except Exception as e:  # the worker or its node is gone
                 result = {"status": "failed", "message": f"{type(e).__name__}: {e}", "retry": True}
-            self.settle(cell, result)
+            self.settle(job, result)
 
-    def settle(self, cell: Cell, result: dict):
+    def settle(self, job: Job, result: dict):
         """Take the result of a task: the run is done, failed, waits for another try or process."""
         status, message = result["status"], result.get("message", "")
         if status == "refused":
             raise ValueError(message)
         if status == "elsewhere":
-            cell.status = status
-            cell.tries -= 1
-        elif status == "failed" and result["retry"] and cell.tries < TRIES:
-            cell.status = "waiting"
-            self.console.print(f"{cell.name}  is tried again: {message.splitlines()[0][:200]}",
+            job.status = status
+            job.tries -= 1
+        elif status == "failed" and result["retry"] and job.tries < TRIES:
+            job.status = "waiting"
+            self.console.print(f"{job.name}  is tried again: {message.splitlines()[0][:200]}",
                                markup=False)
         else:
-            cell.message = message
-            self.took.append(time.monotonic() - cell.began)
-            self.end(cell, status, f"{self.took[-1]:.0f} s")
+            job.message = message
+            self.took.append(time.monotonic() - job.began)
+            self.end(job, status, f"{self.took[-1]:.0f} s")
 
-    def end(self, cell: Cell, status: str, remark: str):
+    def end(self, job: Job, status: str, remark: str):
         """Note that a run is done or has failed."""
-        cell.status = status
+        job.status = status
         done = len(self.those("done"))
-        self.console.print(f"{done:4}/{len(self.cells)} done  {cell.name}  {status}  {remark}")
+        self.console.print(f"{done:4}/{len(self.jobs)} done  {job.name}  {status}  {remark}")
 
     def look_elsewhere(self):
         """See what became of runs that other processes have. What they gave up is ours to do."""
-        for cell in self.those("elsewhere"):
-            now = plan.status_of(cell.params.folder)
+        for job in self.those("elsewhere"):
+            now = plan.status_of(job.params.folder)
             if now == "done":
-                self.end(cell, "done", "by another process")
+                self.end(job, "done", "by another process")
             elif now != "running":
-                cell.status = "waiting"
+                job.status = "waiting"
 
     def cancel_running(self):
         """Kill the tasks that are left, and wait until their kernels are gone."""
         for reference in self.running:
             self.ray.cancel(reference, force=True)
         until = time.monotonic() + 10
-        for cell in self.running.values():
-            while plan.status_of(cell.params.folder) == "running" and time.monotonic() < until:
+        for job in self.running.values():
+            while plan.status_of(job.params.folder) == "running" and time.monotonic() < until:
                 time.sleep(0.2)
 
     def say_what_is_left(self):
         """After a stop: how many runs are done, and how to go on."""
-        count = Counter(cell.status for cell in self.cells)
+        count = Counter(job.status for job in self.jobs)
         self.console.print(
-            f"Stopped: {count['done']} of {len(self.cells)} runs are done, {count['failed']} "
+            f"Stopped: {count['done']} of {len(self.jobs)} runs are done, {count['failed']} "
             f"failed, {count['running']} were cut off, {count['waiting'] + count['elsewhere']} had "
             "not begun here. The same command goes on from the last checkpoints.")
 
     def progress(self) -> Group:
         """The live table: a row for each running run, and a line about all."""
         table = Table("run", "step", "clean reward", "s a step", "left", box=None, pad_edge=False)
-        for cell in self.those("running")[:SHOWN]:
-            table.add_row(cell.name, *progress_of(cell.params))
-        count = Counter(cell.status for cell in self.cells)
+        for job in self.those("running")[:SHOWN]:
+            table.add_row(job.name, *progress_of(job.params))
+        count = Counter(job.status for job in self.jobs)
         line = ", ".join(f"{n} {status}" for status, n in sorted(count.items()))
         line += f"; {(time.monotonic() - self.began) / 60:.0f} min since the start"
         if self.took:

@@ -72,13 +72,13 @@ def test_planning_reads_each_input_once(work, monkeypatch):
         raise Planned
 
     for module, name in ((dataset, "data_hash"), (runs, "check_inputs"), (runs, "status"),
-                         (plan, "refuse_other_inputs")):
+                         (plan, "compare_inputs")):
         counted(module, name)
     monkeypatch.setattr(sweep, "connected", connected)
     _, grid = studies.load_study(str(work / "study.yaml"), "tiny")
     with pytest.raises(Planned):
         sweep.run_grid(grid, Console(file=io.StringIO()))
-    assert count == {"data_hash": 1, "check_inputs": 1, "status": 399, "refuse_other_inputs": 399}
+    assert count == {"data_hash": 1, "check_inputs": 1, "status": 399, "compare_inputs": 399}
     record = grid[0].folder / "provenance.json"
     record.write_text(record.read_text().replace('"data_hash": "', '"data_hash": "x'))
     files.seal(grid[0].folder, "provenance.json")
