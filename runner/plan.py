@@ -56,7 +56,7 @@ def statuses(grid: list[Params]) -> dict[str, str]:
     store = grid[0].folder.parent
     there = set(os.listdir(store)) if store.exists() else set()
     found = {p.folder.name: "missing" for p in grid}
-    for name in there & set(found):
+    for name in there.intersection(found):
         found[name] = status_of(store / name)
     return found
 

@@ -9,10 +9,10 @@ import os
 import signal
 import socket
 import time
-import uuid
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from tempfile import NamedTemporaryFile
 
 import pandas as pd
 from rich.console import Console, Group
@@ -85,14 +85,12 @@ def start_ray(ray, tries: int = 3, **arguments):
     """Start Ray, or connect to it. Its own processes may exceed their 30 s on a busy machine."""
     try:
         ray.init(log_to_driver=False, logging_level="error", **arguments)
-    except ConnectionError as e:
-        reason = str(e).splitlines()[0]
-        raise ConnectionError(
-            f"--address {arguments['address']}: no Ray cluster answers ({reason})") from None
     except Exception as e:
         ray.shutdown()
         if tries == 1 or "timed out" not in str(e):
-            raise RuntimeError(f"Ray did not start: {e}") from None
+            where = arguments["address"]
+            reason = str(e).splitlines()[0]
+            raise RuntimeError(f"Ray does not start or answer at {where!r}: {reason}") from None
         start_ray(ray, tries - 1, **arguments)
 
 
@@ -138,18 +136,6 @@ def stop_signals():
             signal.signal(number, handler or signal.SIG_DFL)  # None: Ray's, which cannot be set
 
 
-@contextmanager
-def workspace_marker(grid: list[Params]):
-    """A file in the store while a sweep lasts. A node that sees it shares the file system."""
-    marker = grid[0].folder.parent / ".sweeps" / uuid.uuid4().hex
-    marker.parent.mkdir(parents=True, exist_ok=True)
-    marker.touch()
-    try:
-        yield marker
-    finally:
-        marker.unlink(missing_ok=True)
-
-
 # --- the sweep ------------------------------------------------------------------------------------
 
 
@@ -166,10 +152,14 @@ def run_grid(grid: list[Params], console: Console, address: str | None = None,
         console.print(f"All {len(grid)} runs are done: nothing to do.")
         return {}
     needs = {"CPU": cpus_per_run, "GPU": gpus_per_run}
-    # Ray takes SIGTERM for itself when it starts, so the signals are ours after that.
-    with connected(address) as ray, stop_signals() as stop, workspace_marker(grid) as marker:
+    store = grid[0].folder.parent
+    store.mkdir(parents=True, exist_ok=True)
+    # Ray takes SIGTERM for itself when it starts, so the signals are ours after that. A node that
+    # sees the marker shares the file system.
+    with (connected(address) as ray, stop_signals() as stop,
+          NamedTemporaryFile(dir=store, prefix=".sweep-") as marker):
         refuse_too_large(living_nodes(ray), needs)
-        Sweep(ray, jobs, needs, str(marker), console).work(stop)
+        Sweep(ray, jobs, needs, marker.name, console).work(stop)
     return {job.name: job.message for job in jobs if job.status == "failed"}
 
 

@@ -201,7 +201,7 @@ def test_a_node_that_does_not_share_the_file_system_is_refused(work, tmp_path):
     assert process.returncode == 2, out + err
     assert f"does not see {work}" in err and "make pack" in err and len(err.splitlines()) == 1
     assert not list((work / "outputs/runs").glob("*/params.json"))
-    assert not list((work / "outputs/runs/.sweeps").iterdir())
+    assert not list((work / "outputs/runs").glob(".sweep-*"))
 
 
 SRUN = """#!/usr/bin/env bash
