@@ -199,7 +199,7 @@ def test_a_killed_run_resumes_to_the_same_weights(workspace, uninterrupted):
          "output_dir", "outputs/killed", *arguments], cwd=ROOT, env=os.environ | {"GRPO_NOISE_WORK": str(workspace)},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = workspace / "outputs/killed/runs" / uninterrupted.name / "rewards"
-    deadline = time.time() + 120
+    deadline = time.time() + 1800
     while not (log / "step-000007.parquet").exists():
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.01)
