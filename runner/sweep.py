@@ -81,7 +81,7 @@ def environment_of_nodes() -> dict:
     return {"working_dir": str(ROOT), "excludes": code, "env_vars": variables}
 
 
-def start_ray(ray, tries: int = 3, **arguments):
+def start_ray(ray, tries: int = 5, **arguments):
     """Start Ray, or connect to it. Its own processes may exceed their 30 s on a busy machine."""
     try:
         ray.init(log_to_driver=False, logging_level="error", **arguments)
