@@ -286,7 +286,8 @@ def _wrongly_given(given: dict, known: set[str], defaults: dict) -> Iterator[str
         if name not in known:
             yield f"{name!r} is not a parameter{nearest(name, known)}"
         elif isinstance(value, list | dict) and not isinstance(defaults.get(name), list):
-            yield f"{name}={value!r} is a list: give one value (a grid of runs is a study)"
+            yield (f"{name}={value!r} is a list: give one value, and execute the notebook once for "
+                   "each (a grid of runs is a study, as in params/studies/flip.yaml)")
 
 
 def _assigned_names(cell: str) -> list[str]:
