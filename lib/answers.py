@@ -1,48 +1,57 @@
 r"""Grading: what is in the last box of a completion, and does it equal the gold answer?
 
-Two graders look at the same text, the content of the LAST ``\boxed{}`` and nothing else:
+One small grammar takes an answer apart (`take_apart`):
 
-- `exact_match` compares the normal forms of two strings. It costs microseconds and settles most pairs.
-- math-verify compares them symbolically (`Verifier`). It parses LaTeX with sympy, so a completion can make it
-  slow, large or stuck: it runs in worker processes that are killed when they pass a time or memory limit.
+    answer      =  [name "="]  mathematics  [label]        x = 5\text{ cm}
+    label       =  a unit of measure, or what is counted   miles per hour; teachers
+    mathematics =  items with commas between them          an item: a matrix, a union, a pair,
+                                                           a set, a relation or an expression
+
+Two graders look at the result, and at nothing outside the LAST ``\boxed{}``:
+
+- `exact_match` compares the mathematics as text. It costs microseconds and settles most pairs.
+- `Verifier` compares it expression by expression: math-verify reads the two LaTeX strings, exact
+  arithmetic compares them (`lib._worker`). A completion can make that slow, large or stuck: it
+  happens in processes that are killed when they pass a time or memory limit.
+
+For both, names and labels must agree or be left out. Words that are neither leave the exact match
+alone, and so does whatever math-verify is known to misread: when in doubt, an answer is refused.
 """
 
 import os
 import queue
 import re
 import string
-import subprocess
-import sys
-import threading
-import time
 import weakref
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
-from multiprocessing.connection import Connection, Pipe
-from typing import Literal
+from typing import Literal, NamedTuple
+
+from lib._worker import Tree, _kill_all, _Worker
 
 MAX_ANSWER = 1000
-"""Longer answers (characters) are compared as they stand and never reach sympy. MATH's longest has 159."""
+"""Longer answers (characters) are compared as they stand. MATH's longest has 159."""
 
 MAX_BRACKETS = 60
-"""Likewise answers with more opening brackets, whose nesting costs the parser seconds. MATH's most have 20."""
+"""Answers with more opening brackets are not parsed: nesting costs seconds. MATH's most have 20."""
 
 # --- the last box ---------------------------------------------------------------------------------
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # `\{` and `\}` are characters of the answer, not grouping
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # `\{` and `\}` are characters of the answer
 _UNBRACED_END = re.compile(r"\\[)\]]|[$}\n]|\Z")
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Content of the last ``\boxed{...}`` or ``\fbox{...}``; None without one or when the last never closes.
+    r"""Return the content of the last ``\boxed{...}`` or ``\fbox{...}``, None if there is none.
 
-    An unclosed last box does not fall back to an earlier one: the text stopped in the middle of its answer.
-    The form without braces, ``\boxed 5``, reaches to the next ``$``, ``\)``, ``\]``, ``}`` or line end.
-    Of two nested boxes the inner one starts last, so it wins. Linear time, no recursion, no error on any str.
+    An unclosed last box gives None, not an earlier box: the text stopped in the middle of its
+    answer. The form without braces, ``\boxed 5``, reaches to the next ``$``, ``\)``, ``\]``, ``}``
+    or line end. Of two nested boxes the inner one starts last, so it wins. Linear time, no
+    recursion, no error on any str.
     """
     box = None
     for box in _BOX.finditer(text):  # noqa: B007  (only the last match matters)
@@ -60,52 +69,167 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-# --- exact match ----------------------------------------------------------------------------------
+# --- words: units of measure, amounts, and what is neither ------------------------------------------
+
+UNITS = {prefix + sign: name + unit
+         for prefix, name in (("", ""), ("k", "kilo"), ("c", "centi"), ("m", "milli"))
+         for sign, unit in (("m", "meter"), ("g", "gram"), ("L", "liter"), ("l", "liter"),
+                            ("s", "second"))}
+"""Name or abbreviation, singular -> name of a unit of measure. Others are told apart all the same:
+an unlisted plural, as in `5\\text{ apples}`, is a label too."""
+UNITS |= {name: name for name in UNITS.values()}
+UNITS |= {sign: line.split()[0] for line in """unit; percent; degree deg; radian rad; fahrenheit F;
+    celsius C; inch in; foot ft feet; yard yd; mile mi; acre; hectare ha; gram gm; pound lb; ounce
+    oz; ton; gallon gal; quart; pint; second sec; minute min; hour hr h; day; week; month; year yr;
+    dollar usd; cent; euro; mile-per-hour mph; kilometer-per-hour kph""".split(";")
+          for sign in line.split()}
+
+_LARGE = {"ten": 10, "hundred": 100, "thousand": 1000, "lakh": 10**5, "million": 10**6,
+          "crore": 10**7, "billion": 10**9, "trillion": 10**12}
+_PARTS = ("half third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth "
+          "fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth twentieth").split()
+AMOUNTS = {"dozen": Fraction(12), "score": Fraction(20), "quarter": Fraction(1, 4)}
+"""A word that multiplies the number before it, singular -> its value: 3 fifths, 5 million."""
+AMOUNTS |= {word: Fraction(1, n) for n, word in enumerate(_PARTS, start=2)}
+AMOUNTS |= {word: Fraction(value) for word, value in _LARGE.items()}
+AMOUNTS |= {word + "th": Fraction(1, value) for word, value in _LARGE.items()}
+
+_NO_LABEL = re.compile(
+    r"am|pm|not?|never|less|more|plus|minus|negative|times|twice|double|triple|squared|cubed|over|"
+    r"out|of|to|factorial|roots?|powers?|base|remainder|wrong|false|about|almost|pairs?|couples?|"
+    r"gross|myriads?|inverses?|reciprocals?|logs?|pi|sin|cos|tan|ln|max|min|gcd|lcm|mod|nan|inf|"
+    r"[A-Z]{2,}|[a-z]*(?:ths?|rds|folds?|illions?)")
+"""A word that changes what is said, or may: an answer that has one is compared as text only."""
+
+
+def _singular(word: str) -> str:
+    word = word.lower().replace("metre", "meter").replace("litre", "liter")
+    if word in ("halves", "inches"):
+        return {"halves": "half", "inches": "inch"}[word]
+    return word[:-1] if word.endswith("s") and len(word) > 2 else word
+
+
+_FACTOR = re.compile(
+    r"(?:(sq(?:uare)?|cu(?:bic)?)\.? ?)?([A-Za-z-]+)\.?(?: ?\^ ?\{?([23])\}?)?")
+
+
+def _factor(text: str) -> str | None:
+    found = _FACTOR.fullmatch(text.strip())
+    if found is None:
+        return None
+    size, word, power = found.groups(default="")
+    name = UNITS.get(word) or UNITS.get(_singular(word))
+    if name is None:
+        return None
+    power = power or {"s": "2", "c": "3"}.get(size[:1], "")
+    return {"2": "square ", "3": "cubic ", "": ""}[power] + name
+
+
+@lru_cache(maxsize=20_000)
+def unit(text: str) -> str | None:
+    """Return the one name of a unit of measure, None if a word in it is unknown.
+
+    `sq. cm` and `cm^2` are `square centimeter`; `km/h` and `kph` are `kilometer-per-hour`.
+    """
+    text = re.sub(r"^ *degrees? (?=[FCfc])", "", text)
+    factors = [_factor(part) for part in re.split(r"/| per |-per-", text)]
+    return None if None in factors else "-per-".join(factors)
+
+
+_SIGNS = "|".join(sorted((sign for sign in UNITS if len(sign) > 1), key=len, reverse=True))
+_WORDS = re.compile(
+    r"(?P<apart>\\[,;: ]|[ ~])?"
+    r"\\(?:text|textbf|textit|textnormal|mbox|hbox|mathrm|mathbf) ?\{(?P<text>(?:[^{}]|\{\w\})*)\}"
+    r"|\\(?:begin|end) ?\{\w*\}|\\[A-Za-z]+"  # letters that are no words
+    r"|(?P<bare>(?<![A-Za-z])(?:and|or)(?![A-Za-z])"
+    r"|(?:(?<![A-Za-z])(?:(?:yes|no|not|odd|sin|cos|tan|log|ln|max|min|gcd|nan|inf)(?![A-Za-z])"
+    rf"|[A-Z]{{2,}}(?![a-z])|[A-Za-z]{{4,}})|(?:(?<=[0-9}}])|(?<=[0-9}}] ))(?:sq|{_SIGNS})"
+    r"(?![A-Za-z]))(?:(?: ?/ ?| )[A-Za-z]{2,})*)")
+_WORD_IN_TEXT = re.compile(r"(?:and|or)(?![A-Za-z])|[A-Za-z]{2,}(?:[ -]+(?!and |or )[A-Za-z]{2,})*")
+
+
+def _mark_words(match: re.Match) -> str:
+    r"""Rewrite a text block or bare words: words go to ``\text{}``, all else is mathematics."""
+    if match["bare"]:
+        return rf"\text{{{match['bare']}}}"
+    if match["text"] is None:
+        return match[0]
+    content = match["text"].rstrip(".")
+    one_letter = len(content.strip()) == 1
+    apart = match["apart"] or content.startswith(" ")
+    name = unit(content) if apart or not one_letter else None  # 5\text{ m}, but 3\text{m} is 3m
+    if name:
+        return rf"\text{{{name}}}"
+    return " " + _WORD_IN_TEXT.sub(r"\\text{\g<0>}", content) + " "
+
+
+# --- one spelling -----------------------------------------------------------------------------------
+
+class Rule(NamedTuple):
+    """A rewriting: what `pattern` finds becomes `replacement`, so that `example` becomes `result`."""
+
+    name: str
+    pattern: str
+    replacement: str | Callable[[re.Match], str]
+    example: str
+    result: str
+
+    def apply(self, text: str) -> str:
+        """Rewrite every occurrence."""
+        return re.sub(self.pattern, self.replacement, text)
+
+
+_UNICODE = str.maketrans({
+    "−": "-", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "±": r"\pm ", "≤": r"\le ",
+    "≥": r"\ge ", "≠": r"\ne ", "∞": r"\infty ", "√": r"\sqrt ", "π": r"\pi ", "θ": r"\theta ",
+    "∪": r"\cup ", "∈": r"\in ", "²": "^2", "³": "^3", "°": r"^\circ ", "′": "'"})
+_COMMAND = {"dfrac": r"\frac", "tfrac": r"\frac", "cfrac": r"\frac", "dbinom": r"\binom",
+            "tbinom": r"\binom", "leq": r"\le", "leqslant": r"\le", "geq": r"\ge",
+            "geqslant": r"\ge", "neq": r"\ne", "lt": "<", "gt": ">"} | dict.fromkeys(
+    "left right big Big bigl bigr Bigl Bigr bigg Bigg biggl biggr displaystyle".split(), "")
+_ARGUMENT = r"(?:[0-9A-Za-z]|\\[A-Za-z]+)"  # a TeX argument without braces is one token
+_GROUP = r"\{(?:[^{}]|\{[^{}]*\})*\}"
+
+SPELLING = [
+    Rule("markup", r"\\!|\\(?:left|right)\.|(?<!\\)\\[()\[\]]|(?<!\\)\$", "", r"$12,\!345$", "12,345"),
+    Rule("commands", r"\\([A-Za-z]+)", lambda found: _COMMAND.get(found[1], found[0]),
+         r"\left(\dfrac12\right)", r"(\frac12)"),
+    Rule("pi", r"(?<![A-Za-z\\{])pi(?![A-Za-z])", r"\\pi ", "2pi", r"2\pi "),
+    Rule("clock", r"(?<![A-Za-z\\])([AaPp])\. ?[Mm](?:\.|(?![A-Za-z]))", r"\\text{\1m}",
+         "4:30 p.m.", r"4:30 \text{pm}"),
+    Rule("and, or", r" ?(?:[,;] ?)?(?:\\text\{(?:and|or)\}|;)[ ,]*", ", ",
+         r"6, 8, \text{and}10", "6, 8, 10"),
+    Rule("full stop", r"\.+(?=$|\\text\{[^{}]*\}$)", "", "5.", "5"),
+    Rule("sign in words", r"^\\text\{(?:minus|negative)\} ?", "-", r"\text{minus}3", "-3"),
+    Rule("degree sign", r"\^ ?\{ ?\\circ ?\}", r"^\\circ", r"90^{\circ}", r"90^\circ"),
+    Rule("temperature", r"\^\\circ ?([FC])(?![A-Za-z])", r"\\text{degree \1}",
+         r"72^\circ F", r"72\text{degree F}"),
+    Rule("percent sign", r"\\?%(?=\.?$|\\text)", r"\\text{percent}", r"5\%", r"5\text{percent}"),
+    Rule("dollar sign", r"^(-?) ?\\\$(.*?)(?=\\text|\.?$)", r"\1\2\\text{dollar}",
+         r"\$5\text{per hour}", r"5\text{dollar}\text{per hour}"),
+    Rule("root", rf"\\sqrt ?({_ARGUMENT})", r"\\sqrt{\1}", r"\sqrt3", r"\sqrt{3}"),
+    Rule("numerator", rf"\\frac ?({_ARGUMENT})", r"\\frac{\1}", r"\frac12", r"\frac{1}2"),
+    Rule("denominator", rf"(\\frac{_GROUP}) ?({_ARGUMENT})", r"\1{\2}",
+         r"\frac{1}2", r"\frac{1}{2}"),
+    Rule("slash", r"(?<![0-9A-Za-z./^_)}\]])([0-9]+)/([0-9]+)(?![0-9A-Za-z./^_!({\[]|\\[A-Zac-z])",
+         r"\\frac{\1}{\2}", "1/2", r"\frac{1}{2}"),
+    Rule("negative numerator", r"(?<![^(,=\[])\\frac\{-([0-9]+)\}", r"-\\frac{\1}",
+         r"\frac{-1}{2}", r"-\frac{1}{2}"),
+    Rule("script", r"([\^_])\{([0-9A-Za-z])\}(?! ?[0-9])", r"\1\2", "x^{2}", "x^2"),
+    Rule("base of a logarithm", r"\\log_([0-9]) (?=[0-9])", r"\\log_{\1}", r"\log_2 9", r"\log_{2}9"),
+    Rule("decimal", r"(?<![0-9])\.(?=[0-9])", "0.", ".5", "0.5"),
+    Rule("braces", r"^\{([^{}]*)\}$", r"\1", "{5}", "5"),
+]
+"""Ways to write the same thing, brought to one, in this order and until nothing changes."""
 
 _NUMBER = re.compile(r"([+-]?)([0-9]*)(?:\.([0-9]*))?")
-_TRIGONOMETRY = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)")
 _THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:,|\{,\})[0-9]{3})+(?![0-9,{])")
-_ABBREVIATION = r"mm|cm|km|m|ft|in|yd|mi|kg|g|lbs?|oz|mL|L|s|sec|min|hrs?|h|mph"
-_UNIT = (
-    r"units?|inch(?:es)?|foot|feet|yards?|miles?|(?:centi|milli|kilo)?met(?:er|re)s?|(?:kilo)?grams?|pounds?|ounces?"
-    r"|lit(?:er|re)s?|gallons?|seconds?|minutes?|hours?|days?|weeks?|months?|years?|dollars?|cents?|degrees?|radians?"
-)
-_POWER = r"(?:\^\{?[23]\}?)?"
-_TEXT_UNIT = re.compile(
-    rf"(?<=[0-9}}]) ?\\(?:text|mbox|mathrm) ?\{{ ?(?:sq(?:uare|\.)? |cubic )?"
-    rf"({_UNIT}|{_ABBREVIATION})\.? ?{_POWER}\}}{_POWER}$"
-)
-_BARE_UNIT = re.compile(rf"(?<=[0-9}}]) ?(?:(?:square|cubic) )?({_UNIT})$")
-_ARGUMENT = r"(?:[0-9A-Za-z]|\\[A-Za-z]+)"  # a TeX argument without braces is one token
-
-_RULES = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        (r"\\!|\\displaystyle(?![A-Za-z])|(?<!\\)\\[()\[\]]|\\?\$", ""),
-        (r"\\(?:left|right)\.|\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])", ""),
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (r"\\(le|ge|ne)q(?![A-Za-z])", r"\\\1"),
-        ("\u2212", "-"),
-        (r"\^\{?(?:\\circ|\u00b0)\}?|\u00b0", r"^\\circ"),
-        (_TEXT_UNIT, ""),
-        (_BARE_UNIT, ""),
-        (r"\\(?:text|textbf|textit|textnormal|mbox|hbox|mathrm|mathbf) ?\{([^{}]*)\}", r" \1 "),
-        (r"(?:\.|\\?%)+$", ""),
-        (r"^[A-Za-z]=(?=[^=<>]+$)", ""),
-        (rf"\\sqrt ?({_ARGUMENT})", r"\\sqrt{\1}"),
-        (rf"\\frac ?({_ARGUMENT})", r"\\frac{\1}"),
-        (rf"(\\frac\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}) ?({_ARGUMENT})", r"\1{\2}"),
-        (r"(?<![0-9A-Za-z./^_)}\]])([0-9]+)/([0-9]+)(?![0-9A-Za-z./^_({\[]|\\[A-Za-z])", r"\\frac{\1}{\2}"),
-        (r"(?<![^(,=\[])\\frac\{-([0-9]+)\}", r"-\\frac{\1}"),
-        (r"([\^_])\{([0-9A-Za-z])\}", r"\1\2"),
-        (r"(?<![0-9])\.(?=[0-9])", "0."),
-        (r"^\{([^{}]*)\}$", r"\1"),
-    ]
-]  # fmt: skip
+_TRIGONOMETRY = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)")
+_DEGREES = re.compile(r"\^\\circ ?(?=$|[,)\]+*/<>=-]|\\text)")
 
 
 def _tidy(answer: str) -> str:
-    """Drop the white space that cannot matter. A blank stays where words or numbers would join, as in 81, 256."""
+    """Drop white space that cannot matter. A blank stays where words or numbers would join."""
     answer = re.sub(r"(?<!\\)(?:\\[,;:\s]|~|\\q?quad(?![A-Za-z]))", " ", answer)
     answer = re.sub(r"\s+", " ", answer).strip(" ").replace(" ,", ",")
     answer = re.sub(r" (?![A-Za-z0-9])|(?<=[0-9]) (?=[A-Za-z])", "", answer)
@@ -113,183 +237,336 @@ def _tidy(answer: str) -> str:
     return re.sub(r"(\\[A-Za-z]+) (?=[0-9])", r"\1", answer)
 
 
-def _rewrite(answer: str) -> str:
-    for pattern, replacement in _RULES:
-        answer = pattern.sub(replacement, answer)
-    # Between brackets a comma separates coordinates. Outside, groups of three digits make a large number,
-    # unless a blank follows the comma. Every comma that stays between digits gets that blank.
+def _plain_number(text: str) -> str:
+    """Drop the plus sign and the idle zeros of a number: +05.50 is 5.5. Other texts stay."""
+    number = _NUMBER.fullmatch(text)
+    if not number or not (number[2] or number[3]):
+        return text
+    whole, decimals = number[2].lstrip("0") or "0", (number[3] or "").rstrip("0")
+    value = f"{whole}.{decimals}" if decimals else whole
+    return "-" + value if number[1] == "-" and value != "0" else value
+
+
+def _spell(answer: str) -> str:
+    answer = _tidy(_WORDS.sub(_mark_words, answer.translate(_UNICODE)))
+    for rule in SPELLING:
+        answer = rule.apply(answer)
+    # Between brackets a comma separates coordinates. Outside, groups of three digits make a large
+    # number, unless a blank follows the comma. Every comma that stays between digits gets one.
     if not any(bracket in answer for bracket in ("(", "[", r"\{")):
         answer = _THOUSANDS.sub(lambda number: re.sub(r"[,{}]", "", number[0]), answer)
     answer = re.sub(r"(?<=[0-9]),(?=[0-9])", ", ", answer)
-    # 90^\circ is 90, but \cos 15^\circ is not \cos 15.
-    if not _TRIGONOMETRY.search(answer):
-        answer = answer.replace(r"^\circ", "")
-    number = _NUMBER.fullmatch(answer)
-    if number and (number[2] or number[3]):
-        sign, whole, decimals = number[1], number[2].lstrip("0") or "0", (number[3] or "").rstrip("0")
-        answer = whole + ("." + decimals if decimals else "")
-        answer = "-" + answer if sign == "-" and answer != "0" else answer
-    return answer
+    # 90^\circ is 90 degrees, but \cos 15^\circ is not \cos 15.
+    if not _TRIGONOMETRY.search(answer) and _DEGREES.search(answer):
+        answer = _DEGREES.sub("", answer) + r"\text{degree}"
+    return _tidy(answer)
+
+
+# --- name, mathematics, label -----------------------------------------------------------------------
+
+_GREEK = "alpha beta delta theta lambda mu phi omega rho sigma"
+_NAME = re.compile(
+    rf"((?:[A-Za-z]|\\(?:{_GREEK.replace(' ', '|')})|\\text\{{[A-Za-z ]+\}})(?:_\w|_\{{\w+\}})?"
+    r"(?:\([a-z](?:, ?[a-z])*\))?)(?:=|\\in(?![A-Za-z]) ?)(?=[^=<>]+$)")
+_TAIL = re.compile(r"(?: ?\\text\{[^{}]*\}(?:\^[23])?)+$")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    r"""An answer taken apart: ``x = 5\text{ cm}`` is 5, named x, labelled centimeter."""
+
+    mathematics: str
+    name: str = ""
+    label: str = ""
+
+    @property
+    def has_words(self) -> bool:
+        """Whether there are words in the mathematics, which is then compared as text only."""
+        return r"\text{" in self.mathematics
+
+
+def _times(number: str, amounts: list[Fraction]) -> str | None:
+    """Multiply a plain number with amounts: 3 and 1/5 are `\\frac{3}{5}`. None for other texts."""
+    if re.fullmatch(r"-?[0-9]+(?:\.[0-9]+)?", number) is None:
+        return None
+    product = Fraction(number)
+    for amount in amounts:
+        product *= amount
+    if product.denominator == 1:
+        return str(product)
+    sign = "-" if product < 0 else ""
+    return rf"{sign}\frac{{{abs(product.numerator)}}}{{{product.denominator}}}"
+
+
+def _split_label(text: str) -> tuple[str, str]:
+    """Split the words at the end off, if they are a label or an amount; else split off nothing."""
+    tail = _TAIL.search(text)
+    number = text[: tail.start()].rstrip() if tail else ""
+    if not re.search(r"[0-9]|\\pi", number):
+        return text, ""
+    words = re.sub(r"\\text\{([^{}]*)\}", r" \1", tail[0]).split()
+    amounts = [AMOUNTS[_singular(word)] for word in words if _singular(word) in AMOUNTS]
+    words = [word for word in words if _singular(word) not in AMOUNTS]
+    label = " ".join(words)
+    if amounts:
+        number = _times(number, amounts)
+    known = unit(label)
+    refused = known is None and any(_NO_LABEL.fullmatch(word) for word in words)
+    if number is None or refused:
+        return text, ""
+    return number, known or " ".join(map(_singular, words))
 
 
 @lru_cache(maxsize=20_000)
-def _normal_form(tidy: str) -> str:
-    answer = tidy
+def take_apart(answer: str) -> Answer:
+    """Take an answer (the content of a box) apart. Never raises on a str; linear time."""
+    if len(answer) > MAX_ANSWER:
+        return Answer(_tidy(answer))
+    if _NUMBER.fullmatch(answer):  # most answers are plain numbers
+        return Answer(_plain_number(answer))
+    name, label, text = "", "", answer
     for _ in range(8):
-        before, answer = answer, _tidy(_rewrite(answer))
-        if answer == before:
-            return answer
-    return tidy  # does not settle: left alone, which keeps normalize idempotent on every string
+        before, text = text, _spell(text)
+        named = _NAME.match(text)
+        if named:
+            name, text = name or named[1], text[named.end() :]
+        text, found = _split_label(text)
+        label = f"{label} {found}".strip()
+        text = _plain_number(text)
+        if text == before:
+            return Answer(text, name, label)
+    return Answer(_tidy(answer))  # does not settle: left alone, which keeps normalize idempotent
 
 
 def normalize(answer: str) -> str:
-    r"""Normal form of an answer for comparison. Idempotent, never raises on a str, linear time.
+    r"""Return the mathematics of an answer in one spelling. Idempotent, never raises on a str.
 
-    Dropped: white space, ``\left``, ``\right``, a final full stop, ``\text{}``, ``\$``, ``\%``, degrees,
-    units of measure after a number (``5 cm`` and ``5 inches`` agree) and one letter in front (``x = 5``).
-    One form for each of ``\dfrac12``, ``\frac{1}{2}``, ``1/2``; ``\sqrt3``, ``\sqrt{3}``; ``.5``, ``0.50``;
-    ``12{,}345``, ``12,345``. An answer longer than `MAX_ANSWER` only has its white space tidied.
+    White space, ``\left``, a final full stop, the name of the unknown and the label are gone.
+    One form for each of ``\dfrac12``, ``\frac{1}{2}``, ``1/2``; ``.5``, ``0.50``; ``12{,}345``,
+    ``12,345``. An answer longer than `MAX_ANSWER` only has its white space tidied.
     """
-    tidy = _tidy(answer)
-    return tidy if len(tidy) > MAX_ANSWER else _normal_form(tidy)
+    return take_apart(answer).mathematics
+
+
+# --- exact match ------------------------------------------------------------------------------------
+
+_UP_TO_ONE = re.compile(r"-?(?:0|\\frac|1$)")
+
+
+def _labels_agree(gold: Answer, answer: Answer) -> bool:
+    """Whether two labels are one, or one is left out. Only a unit or one plural may be added."""
+    if gold.label == answer.label or not answer.label:
+        return True
+    return not gold.label and (unit(answer.label) is not None or " " not in answer.label)
+
+
+def _same_text(gold: Answer, answer: Answer) -> bool:
+    r"""Whether the mathematics is the same as text, up to a percent sign from 1 on.
+
+    MATH writes percentages with and without the sign: 50\% is 50, but 1\% is not 1.
+    """
+    texts = [re.sub(r"\\text\{([^{}]*)\}", r"\1", side.mathematics) for side in (gold, answer)]
+    if texts[0] != texts[1] or texts[0] == "":
+        return False
+    percent = [side.label == "percent" for side in (gold, answer)]
+    return percent[0] == percent[1] or not _UP_TO_ONE.match(texts[0])
 
 
 def exact_match(gold: str, answer: str) -> bool:
-    """Whether two answers (contents of a box, not whole texts) have the same non-empty normal form.
+    """Whether two answers (contents of a box, not whole texts) are the same mathematics as text.
 
-    What the normal form drops may be left out, not contradicted: 5 cm and 5, not 5 cm and 5 inches, nor x=5 and y=5.
+    A name or a label may be left out, not contradicted: 5 cm and 5, not 5 cm and 5 inches, nor
+    x=5 and y=5.
     """
-    form = normalize(gold)
-    return form != "" and form == normalize(answer) and not _contradict(gold, answer)
+    ours, theirs = take_apart(gold), take_apart(answer)
+    names = {ours.name, theirs.name} - {""}
+    return len(names) < 2 and _labels_agree(ours, theirs) and _same_text(ours, theirs)
 
 
-_UNIT_NAMES = {"mm": "millimeter", "cm": "centimeter", "km": "kilometer", "m": "meter", "in": "inch", "ft": "foot",
-               "feet": "foot", "yd": "yard", "mi": "mile", "kg": "kilogram", "g": "gram", "lb": "pound", "oz": "ounce",
-               "ml": "milliliter", "l": "liter", "s": "second", "sec": "second", "min": "minute", "h": "hour",
-               "hr": "hour"}  # fmt: skip
+# --- what math-verify is shown ----------------------------------------------------------------------
 
-
-@lru_cache(maxsize=20_000)
-def _dropped(answer: str) -> tuple[str, str, bool]:
-    """What `normalize` drops: a name in front, the unit of measure with its power, whether there is a percent sign."""
-    tidy = _tidy(answer).rstrip("$.")
-    name = re.match(r"\$?([A-Za-z])=(?=[^=<>]+$)", tidy)
-    unit = _TEXT_UNIT.search(tidy) or _BARE_UNIT.search(tidy)
-    if unit:
-        text, word = unit[0], unit[1].lower().replace("metre", "meter").replace("litre", "liter")
-        singular = re.sub(r"(?<=inch)es$|s$", "", word)
-        unit = _UNIT_NAMES.get(word) or _UNIT_NAMES.get(singular, singular)
-        unit += "2" if re.search(r"sq|\^\{?2", text) else "3" if re.search(r"cubic|\^\{?3", text) else ""
-    elif r"\$" in tidy:
-        unit = "dollar"
-    elif "\\circ" in tidy or "\u00b0" in tidy:
-        unit = "degree"
-    return name[1] if name else "", unit or "", "%" in tidy
-
-
-def _contradict(gold: str, answer: str) -> bool:
-    """Whether two answers name different unknowns or units, or one of two numbers up to 1 is a percentage.
-
-    From 1 on a percent sign does not matter, since MATH writes percentages with and without it.
-    """
-    (name, unit, percent), (other_name, other_unit, other_percent) = _dropped(gold), _dropped(answer)
-    small = percent != other_percent and re.match(r"-?(?:0|\\frac|1$)", normalize(gold))
-    return bool(name and other_name and name != other_name or unit and other_unit and unit != other_unit
-                or small and normalize(gold) == normalize(answer))
-
-
-# --- what math-verify may be shown ----------------------------------------------------------------
-
-# math-verify skips what it cannot read, takes the last of several sides and reads X as x. Of its own it accepts
-# "5 is not the answer", "6 = 5" and 10_2 for 10. So an answer that it may see is made of what is listed here.
 _COMMANDS = set(
-    "frac dfrac tfrac cfrac sqrt cdot times div pm pi infty circ text textbf textit textnormal mbox hbox mathrm mathbf "
-    "left right big bigl bigr Big Bigl Bigr bigg biggl biggr displaystyle quad qquad begin end cup cap in setminus "
-    "mathbb emptyset varnothing le leq ge geq lt gt sin cos tan cot sec csc arcsin arccos arctan log ln binom lfloor "
-    "rfloor lceil rceil alpha beta gamma delta theta lambda mu phi omega rho sigma overline angle triangle".split()
-)
-_CHARACTERS = set(string.ascii_letters + string.digits + "+-*/^_(){}[]|.,:;=<>!&%$\\ \t\n\u2212\u00b0")
-_TEXT = re.compile(r"\\(?:text\w*|mbox|hbox|mathrm|mathbf) ?\{([^{}]*)\}|(?<![A-Za-z\\])([A-Za-z]{4,}|not)(?![A-Za-z])")
-_WORD = re.compile(r"[ap]\.? ?m\b|[a-z]{2,}")
-_MEASURE = re.compile(rf"{_UNIT}|{_ABBREVIATION}|sq|square|cubic")
-_AMOUNTS = set(
-    "am pm not thousand million billion trillion hundred dozen thousands millions billions trillions hundreds dozens "
-    "tens tenths hundredths thousandths halves thirds times less plus minus".split()
-)
-_JOINT = re.compile(r"\\pm(?![A-Za-z])|;|(?<![A-Za-z])(?:and|or)(?![A-Za-z])")
-_NAMED = re.compile(r"\$?(?:[A-Za-z]|\\[a-z]+)(?:_\w|_\{\w+\})?(?:\([a-z](?:,[a-z])*\))?=[^=]+")
-_DECIMAL = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]+)(?![0-9.]|\\(?:overline|bar|dot))(\\?%)?")
+    "frac sqrt cdot times div pi infty sin cos tan cot sec csc arcsin arccos arctan log ln binom "
+    "lfloor rfloor lceil rceil".split() + _GREEK.split())
+_CHARACTERS = set(string.ascii_letters + string.digits + "+-*/^_(){}[]|!.\\ ")
+_FUNCTION = r"\\(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc)|log|ln)(?:[\^_](?:\w|\{[^{}]*\}))*"
+
+_BARE = rf"(?:\\(?:frac|sqrt|binom|pi|theta)(?![A-Za-z])|{_GROUP}|[0-9A-Za-z^! ])"
+_OPERATOR = r"\\(?:cdot|times|div|lfloor|lceil)"
+
+MISREAD = [
+    ("two numbers side by side", r"[0-9] [0-9]", "7 8"),
+    ("a number after a letter", r"(?<![\\A-Za-z])[A-Za-z]+ ?[0-9]", "2x3"),
+    ("a number after a bracket", r"(?<!log_\{[0-9]\})(?<=[)}\]!]) ?[0-9]", r"\frac{1}{2}3"),
+    ("a script of two digits", r"[\^_] ?[0-9][0-9]", "x^10"),
+    ("an index that is a base", r"[0-9)}|!] ?_", "43_8"),
+    ("nothing in brackets", r"\{ ?\}|\( ?\)|\[ ?\]", "7^{}"),
+    ("an operator at the end", r"(?:[-+*/^_]|\\(?:cdot|times|div)) ?(?=$|[)}\]])", "7-"),
+    ("an operator at the start", r"(?:^|[({\[]) ?(?:[*/^_!]|\\(?:cdot|times|div))", "/7"),
+    ("two operators", r"[*/^_] ?[*/^_!]|!!", "2**3"),
+    ("two exponents", r"\^ ?(?:\w|\{[^{}]*\}) ?\^", "2^3^2"),
+    ("a product after a function", rf"{_FUNCTION} ?{_BARE}+(?:[*/]|\\(?:cdot|times|div))",
+     r"\sin x\cdot2"),
+    ("bars around a number", r"[0-9] ?\|[^|]*\| ?[0-9]", "7|8|9"),
+    ("more than two bars", r"\|[^|]*\|[^|]*\|", "|x||y|"),
+    ("a slash before a product", r"/ ?[0-9A-Za-z]+ ?[A-Za-z(\\]", "1/2x"),
+    ("a function", r"(?<![\\A-Za-z])[fghpqFGHPQ] ?\(", "f(x+1)"),
+    ("a full stop", r"\.(?![0-9])", "5.+1"),
+    ("a bracket that is no root's", r"(?<!\\sqrt)\[|\](?!\{)", "[5]"),
+]
+"""What math-verify misreads, by name and example. It takes 7 8 for 15 and f(x+1) for a product."""
+_MISREAD = re.compile("|".join(pattern for _, pattern, _ in MISREAD))
 
 
-@lru_cache(maxsize=20_000)
-def _shape(answer: str) -> str:
-    """Commas and what encloses them: (,) for a pair, "," for two numbers, a set of them or plus-minus, <> for {5}."""
-    form = _JOINT.sub(",", re.sub("[<>]", "", normalize(answer))).replace(r"\{", "<").replace(r"\}", ">")
-    before, shape = "", re.sub(r"[^()\[\],<>]", "", form)
-    while shape != before:
-        before, shape = shape, re.sub(r"\(\)|\[\]", "", shape)
-    return re.sub(r"^<((?:[(\[],*[)\]])*,.*)>$", r"\1", shape)
+def _decimal(match: re.Match) -> str:
+    whole, digits = match.groups()
+    return rf"(\frac{{{int(whole + digits)}}}{{{10 ** len(digits)}}})"
 
 
-@lru_cache(maxsize=20_000)
-def _parts(answer: str) -> tuple[set[str], set[str], set[str]]:
-    """The commands, the words (units of measure and "and", "or" left out) and the letters of an answer."""
-    commands = set(re.findall(r"\\([A-Za-z]+)", answer))
-    answer = re.sub(r"\\(?:begin|end) ?\{\w*\}", "", answer)
-    found = [w for text in _TEXT.findall(answer) for w in _WORD.findall("".join(text).lower())]
-    words = {re.sub(r"[. ]", "", w) for w in found if not _MEASURE.fullmatch(w)} - {"and", "or"}
-    letters = set(re.sub(r"\\[A-Za-z]+|[^A-Za-z]", "", _TEXT.sub("", answer)))
-    return commands, words, letters
+def _repeating(match: re.Match) -> str:
+    whole, start, period = match.groups()
+    numerator = int(whole + start + period) - int(whole + start)
+    return rf"(\frac{{{numerator}}}{{{(10 ** len(period) - 1) * 10 ** len(start)}}})"
 
 
-def _comparable(gold: str, answer: str) -> bool:
-    """Whether math-verify may decide about two answers that the exact match does not accept."""
-    (known, said, letters), (commands, words, others) = _parts(gold), _parts(answer)
-    if commands - _COMMANDS - known or set(answer) - _CHARACTERS - set(gold) or _contradict(gold, answer):
-        return False
-    if sum(map(answer.count, "([{|")) > MAX_BRACKETS:
-        return False
-    # Words: those of the gold answer, or, where it has none, what is counted: 81 teachers.
-    new, missing = words - said, said - words
-    counted = not said and all(w.endswith("s") and w not in _AMOUNTS for w in new)
-    if (new and not counted) or missing & _AMOUNTS or (missing and not any(c.isdigit() for c in gold)):
-        return False
-    if any(c.isupper() and c.lower() in letters | others for c in letters | others):
-        return False
-    forms = [normalize(gold), normalize(answer)]
-    equations = sorted((len(re.findall("(?<![<>!])=", text)), _tidy(text)) for text in (gold, answer))
-    if equations[0][0] != equations[1][0] and (equations[1][0] > 1 or not _NAMED.fullmatch(equations[1][1])):
-        return False
-    angles = [bool(re.search(r"\\circ|\u00b0", text)) for text in (gold, answer)]
-    if angles[0] != angles[1] and any(map(_TRIGONOMETRY.search, forms)):
-        return False
-    if any(re.search(r"[0-9)}] *_|(?<!_)[0-9] [0-9]", form) for form in forms):  # number bases, 2 2
-        return False
-    lists = [re.sub(r"\\[{}]| ", "", form).split(",") for form in forms]
-    shapes = {_shape(gold), _shape(answer)}
-    return len(shapes) == 1 and (not shapes <= {",", ",,"} or all(len(set(items)) == len(items) for items in lists))
+READING = [
+    Rule("repeating decimal", r"([0-9]+)\.([0-9]*)\\overline ?\{([0-9]+)\}", _repeating,
+          r"0.1\overline{6}", r"(\frac{15}{90})"),
+    Rule("decimal", r"([0-9]+)\.([0-9]+)", _decimal, "0.5", r"(\frac{5}{10})"),
+    Rule("factor before a bracket", rf"((?:{_FUNCTION}|{_OPERATOR}) ?\()|(?<=[0-9A-Za-z)}}|!]) ?\(",
+          lambda match: match[1] or r"\cdot(", "2(3)", r"2\cdot(3)"),
+    Rule("factor after a bracket", r"\) ?(?=[A-Za-z]|\\(?!cdot|times|div|rfloor|rceil))",
+          r")\\cdot ", "(2)x", r"(2)\cdot x"),
+    Rule("differential", r"(\\[A-Za-z]+)|d", lambda match: match[1] or "q_{d}", "2d", "2q_{d}"),
+]
+"""What math-verify would misread, in the spelling that it reads rightly: 2(3) is 5 for it."""
 
 
-def _as_fractions(text: str) -> str:
-    """Decimals and their percentages as fractions, since math-verify compares decimals to six places only."""
-    def fraction(number):
-        whole, digits, percent = number.groups()
-        return rf"(\frac{{{int(whole + digits)}}}{{{10 ** (len(digits) + 2 * bool(percent))}}})"
-
-    return _DECIMAL.sub(fraction, text)
+def _balanced(text: str) -> bool:
+    return all(text.count(left) == text.count(right) for left, right in ("{}", "()", "[]"))
 
 
-# --- symbolic equality ----------------------------------------------------------------------------
+def _expression(text: str) -> str | None:
+    """Return an expression as math-verify is to read it, None if it must not see it."""
+    if text.count("(") + text.count("{") + text.count("[") > MAX_BRACKETS:
+        return None
+    text = READING[0].apply(text.strip())
+    if not text or set(text) - _CHARACTERS or set(re.findall(r"\\([A-Za-z]+|.)", text)) - _COMMANDS:
+        return None
+    if _MISREAD.search(text) or not _balanced(text) or text.count("|") % 2:
+        return None
+    for rule in READING[1:]:
+        text = rule.apply(text)
+    return text
+
+
+# --- the structure of an answer ---------------------------------------------------------------------
+
+_BRACKETS = re.compile(r"\\[{}]|[({\[\])}]|,|\\cup(?![A-Za-z])")
+_RELATION = re.compile(r"(<|>|=|\\le(?![A-Za-z])|\\ge(?![A-Za-z]))")
+_MATRIX = re.compile(r"\\begin ?\{([pb]matrix)\}(.*?)(?:\\\\)?\\end ?\{\1\}", re.DOTALL)
+_ENCLOSED = re.compile(r"([(\[]|\\\{)(.*)([)\]]|\\\})", re.DOTALL)
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split where a separator stands outside of all brackets."""
+    parts, start, depth = [], 0, 0
+    for found in _BRACKETS.finditer(text):
+        sign = found[0]
+        if sign in ("(", "[", "{", r"\{"):
+            depth += 1
+        elif sign in (")", "]", "}", r"\}"):
+            depth -= 1
+        elif sign == separator and depth == 0:
+            parts.append(text[start : found.start()])
+            start = found.end()
+    return [*parts, text[start:]]
+
+
+def _node(kind: str, parts: list[Tree | None]) -> Tree | None:
+    return None if None in parts else (kind, tuple(parts))
+
+
+def _matrix(rows: str) -> Tree | None:
+    rows = [_node("row", [_expression(cell) for cell in row.split("&")])
+            for row in rows.split(r"\\")]
+    return _node("matrix", rows)
+
+
+def _relations(text: str) -> Tree | None:
+    """Read a < b = c as the relations of neighbours, with the smaller side first."""
+    parts = _RELATION.split(text)
+    sides = [_expression(side) for side in parts[::2]]
+    relations = []
+    for sign, left, right in zip(parts[1::2], sides[:-1], sides[1:], strict=True):
+        if sign in (">", r"\ge"):
+            sign, left, right = {">": "<", r"\ge": r"\le"}[sign], right, left
+        relations.append(_node(sign, [left, right]))
+    return relations[0] if len(relations) == 1 else _node("all", relations)
+
+
+def _item(text: str) -> Tree | None:
+    """Read one item: a matrix, a union, a pair, interval or set, a relation, or an expression."""
+    text = text.strip()
+    matrix = _MATRIX.fullmatch(text)
+    if matrix:
+        return _matrix(matrix[2])
+    union = _split(text, r"\cup")
+    if len(union) > 1:
+        return _node("union", [_item(part) for part in union])
+    enclosed = _ENCLOSED.fullmatch(text)
+    items = _split(enclosed[2], ",") if enclosed and len(_split(text, ",")) == 1 else []
+    if enclosed and (len(items) > 1 or enclosed[1] + enclosed[3] == r"\{\}"):
+        kind = (enclosed[1] + enclosed[3]).replace(r"\{\}", "set")
+        return _node(kind, [_item(item) for item in items])
+    return _relations(text) if _RELATION.search(text) else _expression(text)
+
+
+def structure(mathematics: str) -> Tree | None:
+    r"""Return the structure of mathematics, None if math-verify must not see some part of it.
+
+    An expression is a str; all else is a kind and its parts: ``(1,2]`` is ``("(]", ("1", "2"))``.
+    """
+    items = []
+    for item in _split(mathematics, ","):
+        signs = ("+", "-") if item.count(r"\pm") == 1 else ("",)
+        items += [re.sub(r"(^|[({])\+", r"\1", item.replace(r"\pm", sign)) for sign in signs]
+    parts = [_item(item) for item in items]
+    return parts[0] if len(parts) == 1 else _node("set", parts)
+
+
+def _structures(gold: Answer, answer: Answer) -> tuple[Tree, Tree] | None:
+    """Return what is to be compared, None if only the exact match may decide."""
+    both = (gold, answer)
+    if gold.has_words or answer.has_words or not _labels_agree(gold, answer):
+        return None
+    texts = [side.mathematics for side in both]
+    if gold.name != answer.name and all(side.name or "=" in side.mathematics for side in both):
+        texts = [f"{side.name}={side.mathematics}".removeprefix("=") for side in both]  # equations
+    letters = set(re.sub(r"\\[A-Za-z]+", "", "".join(texts)))
+    if any(letter.isupper() and letter.lower() in letters for letter in letters):
+        return None  # math-verify reads X as x
+    trees = [structure(text) for text in texts]
+    if None in trees:
+        return None
+    percent = [side.label == "percent" for side in both]
+    if percent[0] != percent[1] and not _same_text(gold, answer):
+        i = percent.index(True)
+        trees[i] = rf"\frac{{{trees[i]}}}{{100}}" if isinstance(trees[i], str) else trees[i]
+    return tuple(trees)
+
+
+# --- symbolic equality ------------------------------------------------------------------------------
 
 @dataclass(frozen=True, slots=True)
 class Grade:
     """Verdict on one completion.
 
-    correct: the verdict. exact: the verdict of `exact_match` alone. answer: content of the last box, or None.
-    method: what settled it.
-    - `exact`: equal normal forms, or two plain numbers that differ, or an answer that math-verify is not shown: longer
-      than `MAX_ANSWER`, or made of what it is known to misread (`_comparable`);
-    - `symbolic`: math-verify;
+    correct: the verdict. exact: the verdict of `exact_match` alone. answer: content of the last
+    box, or None. method: what settled it.
+    - `exact`: the same text, or two plain numbers that differ, or an answer that math-verify must
+      not see (`structure`, `MAX_ANSWER`);
+    - `symbolic`: math-verify and exact arithmetic;
     - `timeout`: a time or memory limit was passed, so incorrect;
     - `unparsed`: no box, an empty one, or a last one that never closes, so incorrect.
     """
@@ -300,128 +577,97 @@ class Grade:
     answer: str | None
 
 
-class _Worker:
-    """One Python process that runs `_serve` on this file. It takes (gold, answer) and sends back a bool."""
-
-    def __init__(self, seconds: float, memory_mb: int):
-        self.connection, theirs = Pipe()
-        # -P: this file's folder must not shadow other modules. A session of its own: Ctrl-C is meant for us.
-        command = [sys.executable, "-P", __file__, *map(str, (theirs.fileno(), seconds, memory_mb))]
-        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True,
-                                        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        theirs.close()
-        try:  # the time to import math-verify is not counted as grading time
-            message = self.connection.recv() if self.connection.poll(300) else "no sign of life in 300 s"
-        except (EOFError, OSError):
-            message = f"it ended with exit code {self.process.wait()}; is memory_mb={memory_mb} too small?"
-        except BaseException:
-            self.kill()
-            raise
-        if message != "ready":
-            self.kill()
-            raise RuntimeError(f"the process that runs math-verify did not start: {message}")
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.connection.close()
-
-
-def _kill_all(workers: set[_Worker], owner: int) -> None:
-    for worker in list(workers) if os.getpid() == owner else []:  # after a fork they are the parent's
-        worker.kill()
-    workers.clear()
+def _without_sympy(gold: str, answer: str | None, shortcut: bool) -> Grade | tuple[Tree, Tree]:
+    """Return the verdict where text is enough for it, else the two structures to compare."""
+    if answer is None or not answer.strip():
+        return Grade(False, "unparsed", False, answer)
+    exact = exact_match(gold, answer)
+    sides = take_apart(gold), take_apart(answer)
+    # Two plain numbers are equal only as texts, but for 50\% and 0.5.
+    plain = all(side.mathematics and _NUMBER.fullmatch(side.mathematics)
+                and side.label != "percent" for side in sides)
+    if (shortcut and (exact or plain)) or max(len(gold), len(answer)) > MAX_ANSWER:
+        return Grade(exact, "exact", exact, answer)
+    return _structures(*sides) or Grade(exact, "exact", exact, answer)
 
 
 class Verifier:
     """Grades completions: exact match first, then math-verify in a bounded pool of processes.
 
-    workers: processes. They start when first needed (about a second) and end with this process, also if it
-    is killed. seconds: wall-clock limit for one pair, start-up not counted. memory_mb: address space of a
-    worker, MiB (Linux). cache_size: pairs whose verdict is remembered, least recently used out first.
-    A batch takes up to seconds x pairs / workers, so keep seconds short where completions may be hostile.
-    Safe to call from any thread, a Jupyter kernel or a script without a main guard. POSIX only.
+    workers: processes. They start when first needed (about a second) and end with this process,
+    also if it is killed. seconds: wall-clock limit for one pair, start-up not counted. memory_mb:
+    address space of a worker, MiB (Linux). cache_size: pairs whose verdict is remembered.
+    A batch takes up to seconds x pairs / workers, so keep seconds short where completions may be
+    hostile. Safe to call from any thread, a Jupyter kernel or a script without a main guard.
+    POSIX only.
 
-    Why not a library: pebble 5.2.3 kills on time-out, but its workers import the caller's main module again
-    (a training script would start twice) and the pool breaks for good when an idle worker is killed.
+    Why not a library: pebble 5.2.3 kills on time-out, but its workers import the caller's main
+    module again (a training script would start twice) and the pool breaks for good when an idle
+    worker is killed.
     """
 
-    def __init__(self, workers: int = 1, seconds: float = 5.0, memory_mb: int = 2048, cache_size: int = 20_000):
+    def __init__(self, workers: int = 1, seconds: float = 5.0, memory_mb: int = 2048,
+                 cache_size: int = 20_000):
         for name, value in [("workers", workers), ("seconds", seconds), ("memory_mb", memory_mb)]:
             if value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        self.workers, self.seconds, self.memory_mb, self.cache_size = workers, seconds, memory_mb, cache_size
-        self._cache: OrderedDict[tuple[str, str], bool | None] = OrderedDict()
-        self._lock = threading.Lock()
-        self._reset()
+        self.workers, self.seconds, self.memory_mb = workers, seconds, memory_mb
+        self._same = lru_cache(maxsize=cache_size)(self._ask)
+        self._start()
 
-    def _reset(self) -> None:
-        self._alive: set[_Worker] = set()
-        self._slots: queue.LifoQueue[_Worker | None] = queue.LifoQueue()  # None: a worker not started yet
-        for _ in range(self.workers):
-            self._slots.put(None)
-        self.close = weakref.finalize(self, _kill_all, self._alive, os.getpid())  # also runs at exit
+    def _start(self) -> None:
         self._owner = os.getpid()
+        self._alive: set[_Worker] = set()
+        self._slots: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
+        for _ in range(self.workers):
+            self._slots.put(None)  # a worker not started yet
+        self.close = weakref.finalize(self, _kill_all, self._alive, self._owner)  # also at exit
 
-    def grade(self, golds: Sequence[str], completions: Sequence[str], shortcut: bool = True) -> list[Grade]:
-        """Grade completions[i], a whole text, against golds[i], an answer (not a solution). One Grade a pair.
+    def grade(self, golds: Sequence[str], completions: Sequence[str],
+              shortcut: bool = True) -> list[Grade]:
+        """Grade completions[i], a whole text, against golds[i], an answer (not a solution).
 
-        shortcut=False asks math-verify about every pair that it may see and takes its verdict alone.
-        Raises ValueError when the lists differ in length or hold something other than strings, RuntimeError
-        when math-verify cannot be started.
+        shortcut=False asks math-verify about every pair that it may see and takes its verdict
+        alone. Raises ValueError when the lists differ in length or hold something other than
+        strings, RuntimeError when math-verify cannot be started.
         """
         if len(golds) != len(completions):
-            raise ValueError(f"grade needs one gold a completion, got {len(golds)} and {len(completions)}")
+            raise ValueError("grade needs one gold a completion, "
+                             f"got {len(golds)} and {len(completions)}")
         for name, texts in (("golds", golds), ("completions", completions)):
             for i, text in enumerate(texts):
                 if not isinstance(text, str):
-                    raise ValueError(f"{name}[{i}] must be a string, got {type(text).__name__}: {text!r:.80}")
-        grades = [self._without_sympy(gold, last_boxed(text), shortcut)
-                  for gold, text in zip(golds, completions, strict=True)]
-        asked = {i: (golds[i], grade.answer) for i, grade in enumerate(grades) if grade.method == "symbolic"}
-        verdicts = self._ask_all(list(dict.fromkeys(asked.values())))
-        for i, pair in asked.items():
-            equal = verdicts[pair]
-            method = "timeout" if equal is None else "symbolic"
-            grades[i] = Grade(bool(equal), method, grades[i].exact, grades[i].answer)
+                    kind = type(text).__name__
+                    raise ValueError(f"{name}[{i}] must be a string, got {kind}: {text!r:.80}")
+        answers = [last_boxed(text) for text in completions]
+        grades = [_without_sympy(gold, answer, shortcut)
+                  for gold, answer in zip(golds, answers, strict=True)]
+        open_pairs = list(dict.fromkeys(pair for pair in grades if isinstance(pair, tuple)))
+        verdicts = dict(zip(open_pairs, self._ask_all(open_pairs), strict=True))
+        for i, pair in enumerate(grades):
+            if isinstance(pair, tuple):
+                method = "timeout" if verdicts[pair] is None else "symbolic"
+                exact = exact_match(golds[i], answers[i])
+                grades[i] = Grade(bool(verdicts[pair]), method, exact, answers[i])
         return grades
 
-    @staticmethod
-    def _without_sympy(gold: str, answer: str | None, shortcut: bool) -> Grade:
-        if answer is None or not answer.strip():
-            return Grade(False, "unparsed", False, answer)
-        ours, theirs = normalize(gold), normalize(answer)
-        exact = exact_match(gold, answer)
-        numbers = all(form and _NUMBER.fullmatch(form) for form in (ours, theirs))
-        differ = numbers and "%" not in gold + answer  # 50\% can equal 0.5
-        settled = shortcut and (exact or differ)
-        if settled or max(len(gold), len(answer)) > MAX_ANSWER or not (exact or _comparable(gold, answer)):
-            return Grade(exact, "exact", exact, answer)
-        return Grade(False, "symbolic", exact, answer)
-
-    def _ask_all(self, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], bool | None]:
-        """The verdicts: True, False, or None where a limit was passed."""
+    def _ask_all(self, pairs: list[tuple[Tree, Tree]]) -> list[bool | None]:
+        """Return the verdicts: True, False, or None where a limit was passed."""
         if self._owner != os.getpid():  # after a fork the workers answer to the parent, not to us
             self.close.detach()
-            self._reset()
-        with self._lock:
-            known = {pair: self._cache[pair] for pair in pairs if pair in self._cache}
-            for pair in known:
-                self._cache.move_to_end(pair)
-        unknown = [pair for pair in pairs if pair not in known]
-        if len(unknown) < 2 or self.workers == 1:
-            return known | {pair: self._ask(pair) for pair in unknown}
-        threads = ThreadPoolExecutor(min(self.workers, len(unknown)))
+            self._start()
+        if len(pairs) < 2 or self.workers == 1:
+            return [self._same(pair) for pair in pairs]
+        threads = ThreadPoolExecutor(min(self.workers, len(pairs)))
         try:
-            return known | dict(zip(unknown, threads.map(self._ask, unknown), strict=True))
+            return list(threads.map(self._same, pairs))
         finally:  # after an interrupt, do not grade the rest first
             threads.shutdown(wait=False, cancel_futures=True)
 
-    def _ask(self, pair: tuple[str, str]) -> bool | None:
-        equal = None
+    def _ask(self, pair: tuple[Tree, Tree]) -> bool | None:
         worker = self._slots.get()
         try:
-            for _ in range(2):  # a dead worker's successor tries once more: the pair may not be at fault
+            for _ in range(2):  # a dead worker's successor tries once more: it may not be the pair
                 if worker is None or worker.process.poll() is not None:
                     self._alive.discard(worker)
                     worker = _Worker(self.seconds, self.memory_mb)
@@ -429,66 +675,15 @@ class Verifier:
                 try:
                     worker.connection.send(pair)
                     if worker.connection.poll(self.seconds):
-                        equal = worker.connection.recv()
-                    else:
-                        worker.kill()
-                    break
+                        return worker.connection.recv()
+                    worker.kill()
+                    return None
                 except (EOFError, OSError):
                     worker.kill()
-        except BaseException:  # an interrupt, say: the verdict under way must not be read as the next pair's
+            return None
+        except BaseException:  # an interrupt: this verdict must not be read as the next pair's
             if worker is not None:
                 worker.kill()
             raise
         finally:
             self._slots.put(worker)
-        with self._lock:
-            self._cache[pair] = equal
-            while len(self._cache) > self.cache_size:
-                self._cache.popitem(last=False)
-        return equal
-
-
-# --- the worker process ---------------------------------------------------------------------------
-
-def _serve(descriptor: str, seconds: str, memory_mb: str) -> None:
-    import resource
-
-    connection, parent = Connection(int(descriptor)), os.getppid()
-    size = int(memory_mb) * 2**20
-    resource.setrlimit(resource.RLIMIT_AS, (size, size))
-    try:
-        import logging
-
-        from math_verify import LatexExtractionConfig, parse, verify
-
-        logging.disable()
-        # Only the content of the box, as LaTeX. math-verify's other patterns would find a "5" in "\neq 5".
-        config = [LatexExtractionConfig(boxed_match_priority=0)]
-
-        def equal(pair: tuple[str, str]) -> bool:
-            # The parent keeps the time: math-verify's own limit is an alarm, which sympy can catch.
-            gold, answer = (parse(f"\\boxed{{{_as_fractions(text)}}}", config, extraction_mode="first_match",
-                                  parsing_timeout=None) for text in pair)
-            return bool(verify(gold, answer, numeric_precision=50, timeout_seconds=None))
-
-        equal((r"\frac{1}{2}+x", "0.5x+1"))  # sympy's first comparison takes half a second: not that of a real pair
-        connection.send("ready")
-    except BaseException as error:
-        connection.send(f"{type(error).__name__}: {error}")
-        return
-    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    while True:
-        while not connection.poll(5):
-            if os.getppid() != parent:  # killed, while a forked sibling still holds the other end of the pipe
-                return
-        pair = connection.recv()
-        # If the parent is killed while sympy is stuck, this ends the orphan.
-        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + float(seconds)) + 3, hard))
-        connection.send(equal(pair))
-
-
-if __name__ == "__main__":
-    try:
-        _serve(*sys.argv[1:])
-    except (EOFError, OSError):  # the parent has ended
-        pass

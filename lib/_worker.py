@@ -1,0 +1,232 @@
+r"""The process that reads LaTeX with math-verify and compares what it has read.
+
+`lib.answers` runs this file as a script of its own, so that a time or memory limit can end it.
+
+math-verify reads each expression. Comparing is done here, because its `verify` takes two numbers
+for equal that differ by less than 1e-50, and two decimals that agree to six places. Here rational
+numbers are compared exactly. All else is evaluated with so many digits that its smallest part
+counts (`_digits`), at random points where there are unknowns: 2^{-2004} is not 0.
+"""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from functools import lru_cache
+from multiprocessing.connection import Connection, Pipe
+
+Tree = str | tuple[str, tuple["Tree", ...]]
+"""The structure of an answer: an expression, or a kind and its parts (`lib.answers.structure`)."""
+
+MAX_DIGITS = 20_000
+"""Two numbers that need more digits to be told apart are called different."""
+
+POINTS = 8
+"""Points at which expressions with unknowns are compared: all signs of three unknowns."""
+
+
+class _Worker:
+    """One Python process that runs `_serve`. It takes a pair of trees and sends back a bool."""
+
+    def __init__(self, seconds: float, memory_mb: int):
+        self.connection, theirs = Pipe()
+        limits = map(str, (theirs.fileno(), seconds, memory_mb))
+        # -P: this file's folder must not shadow other modules. A new session: Ctrl-C is for us.
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", __file__, *limits], pass_fds=[theirs.fileno()],
+            start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL)
+        theirs.close()
+        message = "no sign of life in 300 s"
+        try:  # the time to import math-verify is not counted as grading time
+            if self.connection.poll(300):
+                message = self.connection.recv()
+        except (EOFError, OSError):
+            code = self.process.wait()
+            message = f"it ended with exit code {code}; is memory_mb={memory_mb} too small?"
+        finally:  # also after an interrupt
+            if message != "ready":
+                self.kill()
+        if message != "ready":
+            raise RuntimeError(f"the process that runs math-verify did not start: {message}")
+
+    def kill(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.wait()
+        self.connection.close()
+
+
+def _kill_all(workers: set[_Worker], owner: int) -> None:
+    if os.getpid() == owner:  # after a fork they are the parent's
+        for worker in list(workers):
+            worker.kill()
+    workers.clear()
+
+
+# --- reading and comparing, in the worker -----------------------------------------------------------
+
+@lru_cache(maxsize=2000)
+def _read(text: str):
+    """Return the sympy expression that LaTeX stands for, None if it is nothing defined."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse
+    from sympy import E, Expr, I, Symbol, nan, zoo
+
+    # Only the content of the box, as it stands: rewritten, the t of 25t would be a unit.
+    as_it_stands = NormalizationConfig(basic_latex=False)
+    config = LatexExtractionConfig(boxed_match_priority=0, normalization_config=as_it_stands)
+    found = parse(rf"\boxed{{{text}}}", [config], extraction_mode="first_match",
+                  parsing_timeout=None)
+    if not found or not isinstance(found[0], Expr):
+        return None
+    constants = {"i": I, "e": E}
+    symbols = {symbol: constants.get(symbol.name, Symbol(symbol.name))
+               for symbol in found[0].free_symbols}
+    expression = found[0].xreplace(symbols).doit()
+    return None if expression.has(nan, zoo) else expression
+
+
+def _digits(*numbers) -> int:
+    """Return the digits to evaluate with, so that every part counts: 50 and twice its size."""
+    from mpmath import mag
+    from sympy import Rational, preorder_traversal
+
+    bits = 170
+    for part in (part for number in numbers for part in preorder_traversal(number)):
+        if isinstance(part, Rational):
+            bits += part.p.bit_length() + part.q.bit_length()
+        elif part.is_number:
+            size = abs(part.evalf(5))
+            bits += 2 * abs(int(mag(size._to_mpmath(20)))) if size.is_finite and size != 0 else 0
+    return bits * 3 // 10
+
+
+def _close(left, right) -> bool:
+    """Whether two numbers are equal: exactly if rational, else to all digits that can matter."""
+    if left == right:
+        return True
+    if left.is_Rational and right.is_Rational:
+        return False
+    digits = _digits(left, right)
+    if digits > MAX_DIGITS:
+        return False
+    difference = abs(left.evalf(digits) - right.evalf(digits))
+    return bool(difference * 10 ** (digits // 2 - 10) < 1)
+
+
+def _values(left, right) -> list[tuple]:
+    """Return the values of two expressions: one pair without unknowns, else where both are finite.
+
+    The points are random, but the same for the same expressions. Two of them are whole numbers,
+    since floor and ceiling differ in nothing else.
+    """
+    from sympy import Integer, Rational, nan, zoo
+
+    symbols = sorted(left.free_symbols | right.free_symbols, key=str)
+    if not symbols:
+        return [(left, right)]
+    draw, values = random.Random(f"{left} {right}"), []
+    for k in range(POINTS):
+        signs = [-1 if (k >> i) % 2 else 1 for i in range(len(symbols))]
+        divisor = Integer(1) if k in (3, 4) else Integer(101)
+        point = {symbol: Rational(sign * draw.randint(2, 399), 1) / divisor
+                 for symbol, sign in zip(symbols, signs, strict=True)}
+        pair = left.subs(point), right.subs(point)
+        if not any(value.has(nan, zoo) for value in pair):
+            values.append(pair)
+    return values if len(values) > POINTS // 2 else []
+
+
+def _equal(left, right) -> bool:
+    if left == right:
+        return True
+    values = _values(left, right)
+    return bool(values) and all(_close(*pair) for pair in values)
+
+
+def _same_relation(sign: str, sides: list) -> bool:
+    """Whether left - right of one relation is a constant multiple of left - right of the other."""
+    ours, theirs = sides[0] - sides[1], sides[2] - sides[3]
+    if not ours.free_symbols or ours.free_symbols != theirs.free_symbols:
+        return False  # 0 = 0 says nothing
+    ratios = [left / right for left, right in _values(ours, theirs)]
+    if not ratios or _close(ratios[0], ratios[0] * 0):
+        return False
+    if sign != "=" and not ratios[0].evalf(20) > 0:
+        return False
+    return all(_close(ratio, ratios[0]) for ratio in ratios)
+
+
+def _in_some_order(parts: tuple[Tree, ...], others: tuple[Tree, ...]) -> bool:
+    left = list(others)
+    for part in parts:
+        partner = next((other for other in left if same(part, other)), None)
+        if partner is None:
+            return False
+        left.remove(partner)
+    return True
+
+
+def same(gold: Tree, answer: Tree) -> bool:
+    """Whether two structures are the same: of one kind, with equal parts."""
+    if isinstance(gold, str) and isinstance(answer, str):
+        read = [_read(gold), _read(answer)]
+        return None not in read and _equal(*read)
+    if isinstance(gold, str) or isinstance(answer, str):
+        return False
+    (kind, parts), (other_kind, others) = gold, answer
+    if kind != other_kind or len(parts) != len(others):
+        return False
+    if kind in ("=", "<", r"\le"):
+        sides = [_read(side) for side in (*parts, *others)]
+        return None not in sides and _same_relation(kind, sides)
+    if kind in ("set", "union", "all"):
+        return _in_some_order(parts, others)
+    return all(same(part, other) for part, other in zip(parts, others, strict=True))
+
+
+# --- the process ------------------------------------------------------------------------------------
+
+def _verdict(gold: Tree, answer: Tree) -> bool:
+    try:
+        return same(gold, answer)
+    except MemoryError:
+        raise  # the limit: the process ends, which its parent takes for a time-out
+    except Exception:  # sympy met something that it cannot evaluate or compare
+        return False
+
+
+def _serve(descriptor: str, seconds: str, memory_mb: str) -> None:
+    import resource
+
+    connection, parent = Connection(int(descriptor)), os.getppid()
+    size = int(memory_mb) * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    try:
+        import logging
+
+        logging.disable()
+        same(r"\frac{1}{2}+x", r"\sqrt{x}")  # the first comparison takes half a second
+        connection.send("ready")
+    except BaseException as error:
+        connection.send(f"{type(error).__name__}: {error}")
+        return
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    while True:
+        while not connection.poll(5):
+            if os.getppid() != parent:  # killed, while a forked sibling holds the pipe's other end
+                return
+        gold, answer = connection.recv()
+        # If the parent is killed while sympy is stuck, this ends the orphan.
+        end = int(time.process_time() + float(seconds)) + 3
+        resource.setrlimit(resource.RLIMIT_CPU, (end, hard))
+        connection.send(_verdict(gold, answer))
+
+
+if __name__ == "__main__":
+    try:
+        _serve(*sys.argv[1:])
+    except (EOFError, OSError):  # the parent has ended
+        pass
