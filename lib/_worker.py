@@ -5,7 +5,7 @@ r"""The process that reads LaTeX with math-verify and compares what it has read.
 math-verify reads each expression. Comparing is done here, because its `verify` takes two numbers
 for equal that differ by less than 1e-50, and two decimals that agree to six places. Here rational
 numbers are compared exactly. All else is evaluated with so many digits that its smallest part
-counts (`_digits`), at random points where there are unknowns: 2^{-2004} is not 0.
+counts (`_size`), at random points where there are unknowns: 2^{-2004} is not 0.
 """
 
 import os
@@ -88,18 +88,17 @@ def _read(text: str):
     return None if expression.has(nan, zoo) else expression
 
 
-def _digits(*numbers) -> int:
-    """Return the digits to evaluate with, so that every part counts: 50 and twice its size."""
+def _size(*numbers) -> int:
+    """Return how many digits the parts of numbers have, before or after the decimal point."""
     from mpmath import mag
     from sympy import Rational, preorder_traversal
 
-    bits = 170
+    bits = 0
     for part in (part for number in numbers for part in preorder_traversal(number)):
         if isinstance(part, Rational):
             bits += part.p.bit_length() + part.q.bit_length()
-        elif part.is_number:
-            size = abs(part.evalf(5))
-            bits += 2 * abs(int(mag(size._to_mpmath(20)))) if size.is_finite and size != 0 else 0
+        elif part.is_number and part.is_finite and not part.is_zero:
+            bits += abs(int(mag(abs(part.evalf(5))._to_mpmath(20))))
     return bits * 3 // 10
 
 
@@ -109,11 +108,12 @@ def _close(left, right) -> bool:
         return True
     if left.is_Rational and right.is_Rational:
         return False
-    digits = _digits(left, right)
+    size = _size(left, right)
+    digits = 3 * size + 60
     if digits > MAX_DIGITS:
         return False
     difference = abs(left.evalf(digits) - right.evalf(digits))
-    return bool(difference * 10 ** (digits // 2 - 10) < 1)
+    return bool(difference * 10 ** (2 * size + 20) < 1)
 
 
 def _values(left, right) -> list[tuple]:

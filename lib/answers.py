@@ -95,10 +95,10 @@ AMOUNTS |= {word: Fraction(value) for word, value in _LARGE.items()}
 AMOUNTS |= {word + "th": Fraction(1, value) for word, value in _LARGE.items()}
 
 _NO_LABEL = re.compile(
-    r"am|pm|not?|never|less|more|plus|minus|negative|times|twice|double|triple|squared|cubed|over|"
-    r"out|of|to|factorial|roots?|powers?|base|remainder|wrong|false|about|almost|pairs?|couples?|"
+    r"am|pm|not?|never|less|more|plus|minus|negatives?|opposites?|times|twice|double|triple|squared|cubed|over|"
+    r"out|of|to|factorial|roots?|powers?|base|remainder|wrongs?|false|about|almost|pairs?|couples?|"
     r"gross|myriads?|inverses?|reciprocals?|logs?|pi|sin|cos|tan|ln|max|min|gcd|lcm|mod|nan|inf|"
-    r"[A-Z]{2,}|[a-z]*(?:ths?|rds|folds?|illions?)")
+    r"[A-Z]{2,}|[a-z-]*(?:ths?|rds|folds?|illions?)")
 """A word that changes what is said, or may: an answer that has one is compared as text only."""
 
 
@@ -131,7 +131,7 @@ def unit(text: str) -> str | None:
 
     `sq. cm` and `cm^2` are `square centimeter`; `km/h` and `kph` are `kilometer-per-hour`.
     """
-    text = re.sub(r"^ *degrees? (?=[FCfc])", "", text)
+    text = re.sub(r"^ *degrees? (?=[FCfc])", "", text.replace("per cent", "percent"))
     factors = [_factor(part) for part in re.split(r"/| per |-per-", text)]
     return None if None in factors else "-per-".join(factors)
 
@@ -199,7 +199,7 @@ SPELLING = [
          "4:30 p.m.", r"4:30 \text{pm}"),
     Rule("and, or", r" ?(?:[,;] ?)?(?:\\text\{(?:and|or)\}|;)[ ,]*", ", ",
          r"6, 8, \text{and}10", "6, 8, 10"),
-    Rule("full stop", r"\.+(?=$|\\text\{[^{}]*\}$)", "", "5.", "5"),
+    Rule("full stop", r"(?<!\.)\.(?=$|\\text\{[^{}]*\}$)", "", "5.", "5"),
     Rule("sign in words", r"^\\text\{(?:minus|negative)\} ?", "-", r"\text{minus}3", "-3"),
     Rule("degree sign", r"\^ ?\{ ?\\circ ?\}", r"^\\circ", r"90^{\circ}", r"90^\circ"),
     Rule("temperature", r"\^\\circ ?([FC])(?![A-Za-z])", r"\\text{degree \1}",
@@ -267,7 +267,7 @@ def _spell(answer: str) -> str:
 _GREEK = "alpha beta delta theta lambda mu phi omega rho sigma"
 _NAME = re.compile(
     rf"((?:[A-Za-z]|\\(?:{_GREEK.replace(' ', '|')})|\\text\{{[A-Za-z ]+\}})(?:_\w|_\{{\w+\}})?"
-    r"(?:\([a-z](?:, ?[a-z])*\))?)(?:=|\\in(?![A-Za-z]) ?)(?=[^=<>]+$)")
+    r"(?:\([a-z](?:, ?[a-z])*\))?)(?:=|\\in ?(?=[(\[]|\\\{))(?=[^=<>]+$)")
 _TAIL = re.compile(r"(?: ?\\text\{[^{}]*\}(?:\^[23])?)+$")
 
 
@@ -314,7 +314,7 @@ def _split_label(text: str) -> tuple[str, str]:
     refused = known is None and any(_NO_LABEL.fullmatch(word) for word in words)
     if number is None or refused:
         return text, ""
-    return number, known or " ".join(map(_singular, words))
+    return number, known or label.lower()
 
 
 @lru_cache(maxsize=20_000)
@@ -355,9 +355,10 @@ _UP_TO_ONE = re.compile(r"-?(?:0|\\frac|1$)")
 
 def _labels_agree(gold: Answer, answer: Answer) -> bool:
     """Whether two labels are one, or one is left out. Only a unit or one plural may be added."""
-    if gold.label == answer.label or not answer.label:
+    if not answer.label or _singular(gold.label) == _singular(answer.label):
         return True
-    return not gold.label and (unit(answer.label) is not None or " " not in answer.label)
+    one_plural = answer.label.endswith("s") and " " not in answer.label
+    return not gold.label and (one_plural or unit(answer.label) is not None)
 
 
 def _same_text(gold: Answer, answer: Answer) -> bool:
