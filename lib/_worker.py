@@ -10,6 +10,7 @@ counts (`_size`), at random points where there are unknowns: 2^{-2004} is not 0.
 
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -67,13 +68,21 @@ def _kill_all(workers: set[_Worker], owner: int) -> None:
 
 # --- reading and comparing, in the worker -----------------------------------------------------------
 
+_FRACTION = re.compile(r"\(*(-?)\(*(?:\\frac\{([0-9]+)\}\{([0-9]+)\}|([0-9]+))\)*")
+
+
 @lru_cache(maxsize=2000)
 def _read(text: str):
     """Return the sympy expression that LaTeX stands for, None if it is nothing defined."""
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
-    from sympy import E, Expr, I, Symbol, nan, zoo
+    from sympy import E, Expr, I, Rational, Symbol, nan, zoo
 
+    fraction = _FRACTION.fullmatch(text)  # the usual case needs no parser
+    if fraction:
+        sign, numerator, denominator, whole = fraction.groups()
+        value = Rational(int(whole or numerator), int(denominator or 1))
+        return int(sign + "1") * value if value.is_finite else None
     # Only the content of the box, as it stands: rewritten, the t of 25t would be a unit.
     as_it_stands = NormalizationConfig(basic_latex=False)
     config = LatexExtractionConfig(boxed_match_priority=0, normalization_config=as_it_stands)

@@ -138,7 +138,7 @@ def unit(text: str) -> str | None:
 
 _SIGNS = "|".join(sorted((sign for sign in UNITS if len(sign) > 1), key=len, reverse=True))
 _WORDS = re.compile(
-    r"(?P<apart>\\[,;: ]|[ ~])?"
+    r"(?=[\\A-Za-z ~])(?P<apart>\\[,;: ]|[ ~])?"
     r"\\(?:text|textbf|textit|textnormal|mbox|hbox|mathrm|mathbf) ?\{(?P<text>(?:[^{}]|\{\w\})*)\}"
     r"|\\(?:begin|end) ?\{\w*\}|\\[A-Za-z]+"  # letters that are no words
     r"|(?P<bare>(?<![A-Za-z])(?:and|or)(?![A-Za-z])"
@@ -169,14 +169,18 @@ class Rule(NamedTuple):
     """A rewriting: what `pattern` finds becomes `replacement`, so that `example` becomes `result`."""
 
     name: str
-    pattern: str
+    pattern: re.Pattern
     replacement: str | Callable[[re.Match], str]
     example: str
     result: str
 
     def apply(self, text: str) -> str:
         """Rewrite every occurrence."""
-        return re.sub(self.pattern, self.replacement, text)
+        return self.pattern.sub(self.replacement, text)
+
+
+def _rules(*rows: tuple) -> list[Rule]:
+    return [Rule(name, re.compile(pattern), *rest) for name, pattern, *rest in rows]
 
 
 _UNICODE = str.maketrans({
@@ -190,36 +194,36 @@ _COMMAND = {"dfrac": r"\frac", "tfrac": r"\frac", "cfrac": r"\frac", "dbinom": r
 _ARGUMENT = r"(?:[0-9A-Za-z]|\\[A-Za-z]+)"  # a TeX argument without braces is one token
 _GROUP = r"\{(?:[^{}]|\{[^{}]*\})*\}"
 
-SPELLING = [
-    Rule("markup", r"\\!|\\(?:left|right)\.|(?<!\\)\\[()\[\]]|(?<!\\)\$", "", r"$12,\!345$", "12,345"),
-    Rule("commands", r"\\([A-Za-z]+)", lambda found: _COMMAND.get(found[1], found[0]),
-         r"\left(\dfrac12\right)", r"(\frac12)"),
-    Rule("pi", r"(?<![A-Za-z\\{])pi(?![A-Za-z])", r"\\pi ", "2pi", r"2\pi "),
-    Rule("clock", r"(?<![A-Za-z\\])([AaPp])\. ?[Mm](?:\.|(?![A-Za-z]))", r"\\text{\1m}",
-         "4:30 p.m.", r"4:30 \text{pm}"),
-    Rule("and, or", r" ?(?:[,;] ?)?(?:\\text\{(?:and|or)\}|;)[ ,]*", ", ",
-         r"6, 8, \text{and}10", "6, 8, 10"),
-    Rule("full stop", r"(?<!\.)\.(?=$|\\text\{[^{}]*\}$)", "", "5.", "5"),
-    Rule("sign in words", r"^\\text\{(?:minus|negative)\} ?", "-", r"\text{minus}3", "-3"),
-    Rule("degree sign", r"\^ ?\{ ?\\circ ?\}", r"^\\circ", r"90^{\circ}", r"90^\circ"),
-    Rule("temperature", r"\^\\circ ?([FC])(?![A-Za-z])", r"\\text{degree \1}",
-         r"72^\circ F", r"72\text{degree F}"),
-    Rule("percent sign", r"\\?%(?=\.?$|\\text)", r"\\text{percent}", r"5\%", r"5\text{percent}"),
-    Rule("dollar sign", r"^(-?) ?\\\$(.*?)(?=\\text|\.?$)", r"\1\2\\text{dollar}",
-         r"\$5\text{per hour}", r"5\text{dollar}\text{per hour}"),
-    Rule("root", rf"\\sqrt ?({_ARGUMENT})", r"\\sqrt{\1}", r"\sqrt3", r"\sqrt{3}"),
-    Rule("numerator", rf"\\frac ?({_ARGUMENT})", r"\\frac{\1}", r"\frac12", r"\frac{1}2"),
-    Rule("denominator", rf"(\\frac{_GROUP}) ?({_ARGUMENT})", r"\1{\2}",
-         r"\frac{1}2", r"\frac{1}{2}"),
-    Rule("slash", r"(?<![0-9A-Za-z./^_)}\]])([0-9]+)/([0-9]+)(?![0-9A-Za-z./^_!({\[]|\\[A-Zac-z])",
-         r"\\frac{\1}{\2}", "1/2", r"\frac{1}{2}"),
-    Rule("negative numerator", r"(?<![^(,=\[])\\frac\{-([0-9]+)\}", r"-\\frac{\1}",
-         r"\frac{-1}{2}", r"-\frac{1}{2}"),
-    Rule("script", r"([\^_])\{([0-9A-Za-z])\}(?! ?[0-9])", r"\1\2", "x^{2}", "x^2"),
-    Rule("base of a logarithm", r"\\log_([0-9]) (?=[0-9])", r"\\log_{\1}", r"\log_2 9", r"\log_{2}9"),
-    Rule("decimal", r"(?<![0-9])\.(?=[0-9])", "0.", ".5", "0.5"),
-    Rule("braces", r"^\{([^{}]*)\}$", r"\1", "{5}", "5"),
-]
+SPELLING = _rules(
+    ("markup", r"\\!|\\(?:left|right)\.|(?<!\\)\\[()\[\]]|(?<!\\)\$", "", r"$12,\!345$", "12,345"),
+    ("commands", r"\\([A-Za-z]+)", lambda found: _COMMAND.get(found[1], found[0]),
+     r"\left(\dfrac12\right)", r"(\frac12)"),
+    ("pi", r"(?<![A-Za-z\\{])pi(?![A-Za-z])", r"\\pi ", "2pi", r"2\pi "),
+    ("clock", r"(?<![A-Za-z\\])([AaPp])\. ?[Mm](?:\.|(?![A-Za-z]))", r"\\text{\1m}",
+     "4:30 p.m.", r"4:30 \text{pm}"),
+    ("and, or", r" ?(?:[,;] ?)?(?:\\text\{(?:and|or)\}|;)[ ,]*", ", ",
+     r"6, 8, \text{and}10", "6, 8, 10"),
+    ("full stop", r"(?<!\.)\.(?=$|\\text\{[^{}]*\}$)", "", "5.", "5"),
+    ("sign in words", r"^\\text\{(?:minus|negative)\} ?", "-", r"\text{minus}3", "-3"),
+    ("degree sign", r"\^ ?\{ ?\\circ ?\}", r"^\\circ", r"90^{\circ}", r"90^\circ"),
+    ("temperature", r"\^\\circ ?([FC])(?![A-Za-z])", r"\\text{degree \1}",
+     r"72^\circ F", r"72\text{degree F}"),
+    ("percent sign", r"\\?%(?=\.?$|\\text)", r"\\text{percent}", r"5\%", r"5\text{percent}"),
+    ("dollar sign", r"^(-?) ?\\\$(.*?)(?=\\text|\.?$)", r"\1\2\\text{dollar}",
+     r"\$5\text{per hour}", r"5\text{dollar}\text{per hour}"),
+    ("root", rf"\\sqrt ?({_ARGUMENT})", r"\\sqrt{\1}", r"\sqrt3", r"\sqrt{3}"),
+    ("numerator", rf"\\frac ?({_ARGUMENT})", r"\\frac{\1}", r"\frac12", r"\frac{1}2"),
+    ("denominator", rf"(\\frac{_GROUP}) ?({_ARGUMENT})", r"\1{\2}",
+     r"\frac{1}2", r"\frac{1}{2}"),
+    ("slash", r"(?<![0-9A-Za-z./^_)}\]])([0-9]+)/([0-9]+)(?![0-9A-Za-z./^_!({\[]|\\[A-Zac-z])",
+     r"\\frac{\1}{\2}", "1/2", r"\frac{1}{2}"),
+    ("negative numerator", r"(?<![^(,=\[])\\frac\{-([0-9]+)\}", r"-\\frac{\1}",
+     r"\frac{-1}{2}", r"-\frac{1}{2}"),
+    ("script", r"([\^_])\{([0-9A-Za-z])\}(?! ?[0-9])", r"\1\2", "x^{2}", "x^2"),
+    ("base of a logarithm", r"\\log_([0-9]) (?=[0-9])", r"\\log_{\1}", r"\log_2 9", r"\log_{2}9"),
+    ("decimal", r"(?<![0-9])\.(?=[0-9])", "0.", ".5", "0.5"),
+    ("braces", r"^\{([^{}]*)\}$", r"\1", "{5}", "5"),
+)
 """Ways to write the same thing, brought to one, in this order and until nothing changes."""
 
 _NUMBER = re.compile(r"([+-]?)([0-9]*)(?:\.([0-9]*))?")
@@ -228,12 +232,18 @@ _TRIGONOMETRY = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)")
 _DEGREES = re.compile(r"\^\\circ ?(?=$|[,)\]+*/<>=-]|\\text)")
 
 
+_BLANK = re.compile(r"(?<!\\)(?:\\[,;:\s]|~|\\q?quad(?![A-Za-z]))|\s+")
+_IDLE_BLANK = re.compile(r" (?![A-Za-z0-9])|(?<=[0-9]) (?=[A-Za-z])")
+_IDLE_BLANK_AFTER = re.compile(r"(?<![A-Za-z0-9])(?!(?<=[0-9],) [0-9]) ")
+
+
 def _tidy(answer: str) -> str:
     """Drop white space that cannot matter. A blank stays where words or numbers would join."""
-    answer = re.sub(r"(?<!\\)(?:\\[,;:\s]|~|\\q?quad(?![A-Za-z]))", " ", answer)
-    answer = re.sub(r"\s+", " ", answer).strip(" ").replace(" ,", ",")
-    answer = re.sub(r" (?![A-Za-z0-9])|(?<=[0-9]) (?=[A-Za-z])", "", answer)
-    answer = re.sub(r"(?<![A-Za-z0-9])(?!(?<=[0-9],) [0-9]) ", "", answer)
+    answer, blanks = _BLANK.subn(" ", answer)
+    if not blanks:
+        return answer
+    answer = re.sub(" +", " ", answer).strip(" ").replace(" ,", ",")
+    answer = _IDLE_BLANK_AFTER.sub("", _IDLE_BLANK.sub("", answer))
     return re.sub(r"(\\[A-Za-z]+) (?=[0-9])", r"\1", answer)
 
 
@@ -430,16 +440,16 @@ def _repeating(match: re.Match) -> str:
     return rf"(\frac{{{numerator}}}{{{(10 ** len(period) - 1) * 10 ** len(start)}}})"
 
 
-READING = [
-    Rule("repeating decimal", r"([0-9]+)\.([0-9]*)\\overline ?\{([0-9]+)\}", _repeating,
-          r"0.1\overline{6}", r"(\frac{15}{90})"),
-    Rule("decimal", r"([0-9]+)\.([0-9]+)", _decimal, "0.5", r"(\frac{5}{10})"),
-    Rule("factor before a bracket", rf"((?:{_FUNCTION}|{_OPERATOR}) ?\()|(?<=[0-9A-Za-z)}}|!]) ?\(",
-          lambda match: match[1] or r"\cdot(", "2(3)", r"2\cdot(3)"),
-    Rule("factor after a bracket", r"\) ?(?=[A-Za-z]|\\(?!cdot|times|div|rfloor|rceil))",
-          r")\\cdot ", "(2)x", r"(2)\cdot x"),
-    Rule("differential", r"(\\[A-Za-z]+)|d", lambda match: match[1] or "q_{d}", "2d", "2q_{d}"),
-]
+READING = _rules(
+    ("repeating decimal", r"([0-9]+)\.([0-9]*)\\overline ?\{([0-9]+)\}", _repeating,
+      r"0.1\overline{6}", r"(\frac{15}{90})"),
+    ("decimal", r"([0-9]+)\.([0-9]+)", _decimal, "0.5", r"(\frac{5}{10})"),
+    ("factor before a bracket", rf"((?:{_FUNCTION}|{_OPERATOR}) ?\()|(?<=[0-9A-Za-z)}}|!]) ?\(",
+      lambda match: match[1] or r"\cdot(", "2(3)", r"2\cdot(3)"),
+    ("factor after a bracket", r"\) ?(?=[A-Za-z]|\\(?!cdot|times|div|rfloor|rceil))",
+      r")\\cdot ", "(2)x", r"(2)\cdot x"),
+    ("differential", r"(\\[A-Za-z]+)|d", lambda match: match[1] or "q_{d}", "2d", "2q_{d}"),
+)
 """What math-verify would misread, in the spelling that it reads rightly: 2(3) is 5 for it."""
 
 
