@@ -546,6 +546,13 @@ def structure(mathematics: str) -> Tree | None:
     return parts[0] if len(parts) == 1 else _node("set", parts)
 
 
+def _alike(gold: Tree, answer: Tree) -> bool:
+    """Whether both are expressions, or of one kind with as many parts."""
+    if isinstance(gold, str) or isinstance(answer, str):
+        return isinstance(gold, str) and isinstance(answer, str)
+    return gold[0] == answer[0] and len(gold[1]) == len(answer[1])
+
+
 def _structures(gold: Answer, answer: Answer) -> tuple[Tree, Tree] | None:
     """Return what is to be compared, None if only the exact match may decide."""
     both = (gold, answer)
@@ -558,7 +565,7 @@ def _structures(gold: Answer, answer: Answer) -> tuple[Tree, Tree] | None:
     if any(letter.isupper() and letter.lower() in letters for letter in letters):
         return None  # math-verify reads X as x
     trees = [structure(text) for text in texts]
-    if None in trees:
+    if None in trees or not _alike(*trees):
         return None
     percent = [side.label == "percent" for side in both]
     if percent[0] != percent[1] and not _same_text(gold, answer):

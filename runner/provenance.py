@@ -24,7 +24,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "r
 # Not among them: figures (plots), statistics of finished runs (stats, theory, audit, report), and
 # what starts runs (sweep, __main__). A test derives this list again from the imports.
 DECISIVE = (
-    "lib/answers.py", "lib/noise.py", "lib/rewards.py",
+    "lib/_worker.py", "lib/answers.py", "lib/noise.py", "lib/rewards.py",
     "runner/__init__.py", "runner/checkpoints.py", "runner/dataset.py", "runner/engines.py",
     "runner/execution.py", "runner/files.py", "runner/hub.py", "runner/model_files.py",
     "runner/parameters.py", "runner/policies.py", "runner/problems.py", "runner/provenance.py",

@@ -339,7 +339,7 @@ def test_one_bad_pair_does_not_spoil_its_batch_and_is_asked_once():
 
 
 def children():
-    return [p.pid for p in psutil.Process().children() if "answers.py" in " ".join(p.cmdline())]
+    return [p.pid for p in psutil.Process().children() if "_worker.py" in " ".join(p.cmdline())]
 
 
 def gone(pid, seconds=15):

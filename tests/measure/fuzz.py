@@ -90,12 +90,94 @@ def giant(rng: random.Random) -> str:
     )
 
 
+UNITS_OF_EACH_KIND = [  # names of one unit stand together
+    ["cm", "centimeters"], ["m", "meters"], ["inches", "in"], ["feet", "ft"], ["miles", "mi"], ["acres"], ["hectares"],
+    ["hours", "hr"], ["minutes", "min"], ["fortnights"], ["decades"], ["grams", "g"], ["kg"], ["tons"], ["liters", "L"],
+    ["quarts"], ["pints"], ["dollars"], ["cents"], ["dimes"], ["euros"], ["degrees"], ["apples"], ["pears"], ["knots"],
+    ["square units"], ["cubic units"], ["square inches"], ["miles per hour", "mph"], ["m/s"], ["cm/s"], ["m/s^2"],
+]  # fmt: skip
+AMOUNT_WORDS = (
+    "halves thirds quarters fourths fifths eighths ninths tenths hundredths hundreths thousandths sixteenths "
+    "millionths lakhs crores dozen dozens scores hundred thousand million billion trillion quadrillion ten-thousandths zillion"
+).split()
+LETTERS = "abcdeikmnpqtuvwxyzABCLNPX"
+
+
+def text_mode(rng: random.Random, n: int, m: int) -> tuple[str, str]:
+    """Mathematics hidden in text: a letter, an operator, another number."""
+    command, letter = rng.choice(["text", "mathrm", "mathbf", "textbf", "mbox"]), rng.choice(LETTERS)
+    hidden = [f"{n}\\{command}{{{letter}}}", f"{n}-\\{command}{{{letter}}}",
+              f"\\frac{{{n}}}{{\\{command}{{{letter}}}}}",
+              f"{n}\\text{{ + {m}}}", f"{n}\\text{{, {m}}}", f"{n}\\text{{ or {m}}}", f"{n}\\{command}{{{m}}}",
+              f"\\text{{-}}{n}", f"{n}\\text{{^{m}}}", f"{n}\\text{{pi}}", f"\\text{{not }}{n}", f"{n}{letter}"]
+    return str(n), rng.choice(hidden)
+
+
+def number_word(rng: random.Random, n: int, m: int) -> tuple[str, str]:
+    """A number, and the same number of millionths."""
+    return str(n), f"{n}\\text{{ {rng.choice(AMOUNT_WORDS)}}}"
+
+
+def compound(rng: random.Random, n: int, m: int) -> tuple[str, str]:
+    """A number, and two measures that begin or end with it."""
+    first, second = (f"\\text{{ {rng.choice(names)}}}" for names in rng.sample(UNITS_OF_EACH_KIND, 2))
+    sign = rng.choice([" ", "", " + ", " - ", r" \times ", r"\text{ and }", ", "])
+    return str(rng.choice([n, m])), f"{n}{first}{sign}{m}{second}"
+
+
+def two_units(rng: random.Random, n: int, m: int) -> tuple[str, str]:
+    """One number in two units."""
+    first, second = (rng.choice(names) for names in rng.sample(UNITS_OF_EACH_KIND, 2))
+    per = rng.choice(["", "", " per week"])
+    return f"{n}\\text{{ {first}{per}}}", f"{n}\\text{{ {second}{rng.choice([per, per, ' per year'])}}}"
+
+
+def primed(rng: random.Random, n: int, m: int) -> tuple[str, str]:
+    """Another derivative, another point, an accent."""
+    letter = rng.choice(LETTERS)
+    argument = rng.choice(["", "(x)", f"({n})"])
+    marks = ["", "'", "''", r"^\prime"]
+    first, second = rng.sample(marks, 2)
+    plain, accented = f"{letter}{first}{argument}", f"\\{rng.choice(['hat', 'bar', 'overline', 'vec'])}{{{letter}}}"
+    return plain, rng.choice([f"{letter}{second}{argument}", accented])
+
+
+def tiny(rng: random.Random, n: int, m: int) -> tuple[str, str]:
+    """Two values that no fixed number of decimals tells apart."""
+    value = rng.choice([str(n), f"\\frac{{1}}{{{n}}}", r"\pi", f"\\sqrt{{{n}}}", "x", "0", f"10^{{{n}}}", f"{n}!", "e"])
+    small = rng.choice(
+        [f"2^{{-{m}}}", f"\\frac{{1}}{{{m}!}}", f"10^{{-{m}}}", f"e^{{-{m}}}", f"\\frac{{1}}{{3^{{{m}}}}}"])
+    pairs = [(value, f"{value}+{small}"), (f"{value}-{small}", value), (small, f"-{small}"),
+             (small, f"2 \\cdot {small}"),
+             (f"10^{{{m}}}", f"\\sqrt{{10^{{{2 * m}}}+1}}"), (f"1-{small}", f"1-{small}-{small}"),
+             (f"\\frac{{1}}{{{m}!}}", f"\\frac{{1}}{{{m - 1}!}}"), (f"\\cos({small})", "1")]
+    return rng.choice(pairs)
+
+
+def unfinished(rng: random.Random, n: int, m: int) -> tuple[str, str]:
+    """A number, and an expression, relation or list that it is a part of."""
+    forms = ["{n}-", "{n}/", "{n}=", "{n}^", "{n}^{{}}", "{n}_{m}", "{n} | {m}", "{n}?", "{n}!", "{n}+", "{m}<{n}",
+             r"{n} \ne {m}", r"{n} \quad {m}", "{n}; {m}", r"{n}\%{m}", "{n}^2", "{m}={n}", "x>{n}", r"\sqrt{{{n}}}",
+             "{n}({m})", "({n})({m})", "{n}({m}+1)", r"\frac{{{n}}}{{{m}}}({n})", "{n}:{m}", r"{n}\ldots", "f({n})",
+             r"\lfloor {n}.5 \rfloor+1", r"|{n}|{m}", r"\log_{{{m}}} {n}", r"\sin {n}", r"{n}^\circ {m}"]  # fmt: skip
+    return str(n), rng.choice(forms).format(n=n, m=m)
+
+
+WRONG_FORMS = {"letters in text mode": text_mode, "number words": number_word, "compound measures": compound,
+               "two units": two_units, "primes and accents": primed, "tiny differences": tiny,
+               "unfinished": unfinished}  # fmt: skip
+
+
 def generate(rng: random.Random, corpus: list[tuple[str, str]], hacks: list[dict]) -> tuple[str, str, str, bool]:
     """(kind, gold answer, completion, whether it is wrong by construction)"""
     gold, solution = rng.choice(corpus)
     kind, draw = "", rng.random()
     number, other = str(rng.randint(2, 999)), str(rng.randint(1000, 9999))
     box, wrong = r"\boxed{{{}}}".format, False
+    if rng.random() < 0.15:
+        kind = rng.choice(list(WRONG_FORMS))
+        gold, text = WRONG_FORMS[kind](rng, rng.randint(3, 99), rng.randint(100, 999))
+        return kind, gold, box(text), True
     if draw < 0.30:
         kind, text = "mutated solution", mutated(rng, solution)
     elif draw < 0.42:
