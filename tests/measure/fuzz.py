@@ -98,7 +98,8 @@ UNITS_OF_EACH_KIND = [  # names of one unit stand together
 ]  # fmt: skip
 AMOUNT_WORDS = (
     "halves thirds quarters fourths fifths eighths ninths tenths hundredths hundreths thousandths sixteenths "
-    "millionths lakhs crores dozen dozens scores hundred thousand million billion trillion quadrillion ten-thousandths zillion"
+    "millionths lakhs crores dozen dozens scores hundred thousand million billion trillion quadrillion ten-thousandths "
+    "zillion"
 ).split()
 LETTERS = "abcdeikmnpqtuvwxyzABCLNPX"
 
