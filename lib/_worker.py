@@ -23,6 +23,10 @@ Tree = str | tuple[str, tuple["Tree", ...]]
 MAX_DIGITS = 20_000
 """Two numbers that need more digits to be told apart are called different."""
 
+RELATIONS = ("=", "<", r"\le")
+UNORDERED = ("set", "union", "all")
+"""Kinds of a tree. Other kinds have an order: the brackets of pairs and intervals, and matrices."""
+
 POINTS = 8
 """Points at which expressions with unknowns are compared: all signs of three unknowns."""
 
@@ -66,49 +70,61 @@ def _kill_all(workers: set[_Worker], owner: int) -> None:
     workers.clear()
 
 
-# --- reading and comparing, in the worker -----------------------------------------------------------
+# --- reading and comparing, in the worker ---------------------------------------------------------
 
 _FRACTION = re.compile(r"\(*(-?)\(*(?:\\frac\{([0-9]+)\}\{([0-9]+)\}|([0-9]+))\)*")
 
 
+def _defined(expression):
+    from sympy import nan, zoo
+
+    if expression.has(nan, zoo):
+        raise ValueError(f"not defined: {expression}")
+    return expression
+
+
 @lru_cache(maxsize=2000)
 def _read(text: str):
-    """Return the sympy expression that LaTeX stands for, None if it is nothing defined."""
+    """Return the sympy expression that LaTeX stands for; ValueError if it is nothing defined."""
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
-    from sympy import E, Expr, I, Rational, Symbol, nan, zoo
+    from sympy import E, Expr, I, Rational, Symbol
 
     fraction = _FRACTION.fullmatch(text)  # the usual case needs no parser
     if fraction:
         sign, numerator, denominator, whole = fraction.groups()
         value = Rational(int(whole or numerator), int(denominator or 1))
-        return int(sign + "1") * value if value.is_finite else None
+        return _defined(int(sign + "1") * value)
     # Only the content of the box, as it stands: rewritten, the t of 25t would be a unit.
     as_it_stands = NormalizationConfig(basic_latex=False)
     config = LatexExtractionConfig(boxed_match_priority=0, normalization_config=as_it_stands)
     found = parse(rf"\boxed{{{text}}}", [config], extraction_mode="first_match",
                   parsing_timeout=None)
     if not found or not isinstance(found[0], Expr):
-        return None
+        raise ValueError(f"no expression: {text}")
     constants = {"i": I, "e": E}
     symbols = {symbol: constants.get(symbol.name, Symbol(symbol.name))
                for symbol in found[0].free_symbols}
-    expression = found[0].xreplace(symbols).doit()
-    return None if expression.has(nan, zoo) else expression
+    return _defined(found[0].xreplace(symbols).doit())
+
+
+def _part_size(part) -> int:
+    """Return the bits of one part of a number, before or after the binary point."""
+    from mpmath import mag
+
+    if part.is_Rational:
+        return part.p.bit_length() + part.q.bit_length()
+    if not part.is_number or part.is_zero or not part.is_finite:
+        return 0
+    return abs(int(mag(abs(part.evalf(5))._to_mpmath(20))))
 
 
 def _size(*numbers) -> int:
     """Return how many digits the parts of numbers have, before or after the decimal point."""
-    from mpmath import mag
-    from sympy import Rational, preorder_traversal
+    from sympy import preorder_traversal
 
-    bits = 0
-    for part in (part for number in numbers for part in preorder_traversal(number)):
-        if isinstance(part, Rational):
-            bits += part.p.bit_length() + part.q.bit_length()
-        elif part.is_number and part.is_finite and not part.is_zero:
-            bits += abs(int(mag(abs(part.evalf(5))._to_mpmath(20))))
-    return bits * 3 // 10
+    parts = [part for number in numbers for part in preorder_traversal(number)]
+    return sum(map(_part_size, parts)) * 3 // 10
 
 
 def _close(left, right) -> bool:
@@ -155,12 +171,13 @@ def _equal(left, right) -> bool:
     return bool(values) and all(_close(*pair) for pair in values)
 
 
-def _same_relation(sign: str, sides: list) -> bool:
+def _same_relation(sign: str, gold: tuple[str, ...], answer: tuple[str, ...]) -> bool:
     """Whether left - right of one relation is a constant multiple of left - right of the other."""
-    ours, theirs = sides[0] - sides[1], sides[2] - sides[3]
+    left, right, other_left, other_right = map(_read, (*gold, *answer))
+    ours, theirs = left - right, other_left - other_right
     if not ours.free_symbols or ours.free_symbols != theirs.free_symbols:
         return False  # 0 = 0 says nothing
-    ratios = [left / right for left, right in _values(ours, theirs)]
+    ratios = [mine / its for mine, its in _values(ours, theirs)]
     if not ratios or _close(ratios[0], ratios[0] * 0):
         return False
     if sign != "=" and not ratios[0].evalf(20) > 0:
@@ -179,31 +196,32 @@ def _in_some_order(parts: tuple[Tree, ...], others: tuple[Tree, ...]) -> bool:
 
 
 def same(gold: Tree, answer: Tree) -> bool:
-    """Whether two structures are the same: of one kind, with equal parts."""
+    """Whether two structures are the same: of one kind, with equal parts.
+
+    Raises ValueError where math-verify reads nothing defined in one of them.
+    """
     if isinstance(gold, str) and isinstance(answer, str):
-        read = [_read(gold), _read(answer)]
-        return None not in read and _equal(*read)
+        return _equal(_read(gold), _read(answer))
     if isinstance(gold, str) or isinstance(answer, str):
         return False
     (kind, parts), (other_kind, others) = gold, answer
     if kind != other_kind or len(parts) != len(others):
         return False
-    if kind in ("=", "<", r"\le"):
-        sides = [_read(side) for side in (*parts, *others)]
-        return None not in sides and _same_relation(kind, sides)
-    if kind in ("set", "union", "all"):
+    if kind in RELATIONS:
+        return _same_relation(kind, parts, others)
+    if kind in UNORDERED:
         return _in_some_order(parts, others)
     return all(same(part, other) for part, other in zip(parts, others, strict=True))
 
 
-# --- the process ------------------------------------------------------------------------------------
+# --- the process ----------------------------------------------------------------------------------
 
 def _verdict(gold: Tree, answer: Tree) -> bool:
     try:
         return same(gold, answer)
     except MemoryError:
         raise  # the limit: the process ends, which its parent takes for a time-out
-    except Exception:  # sympy met something that it cannot evaluate or compare
+    except Exception:  # sympy cannot read, evaluate or compare something
         return False
 
 

@@ -18,14 +18,15 @@ For both, names and labels must agree or be left out. Words that are neither lea
 alone, and so does whatever math-verify is known to misread: when in doubt, an answer is refused.
 """
 
+import math
 import os
 import queue
 import re
-import string
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -69,7 +70,7 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-# --- words: units of measure, amounts, and what is neither ------------------------------------------
+# --- words: units of measure, amounts, and what is neither ----------------------------------------
 
 UNITS = {prefix + sign: name + unit
          for prefix, name in (("", ""), ("k", "kilo"), ("c", "centi"), ("m", "milli"))
@@ -95,10 +96,11 @@ AMOUNTS |= {word: Fraction(value) for word, value in _LARGE.items()}
 AMOUNTS |= {word + "th": Fraction(1, value) for word, value in _LARGE.items()}
 
 _NO_LABEL = re.compile(
-    r"am|pm|not?|never|less|more|plus|minus|negatives?|opposites?|times|twice|double|triple|squared|cubed|over|"
-    r"out|of|to|factorial|roots?|powers?|base|remainder|wrongs?|false|about|almost|pairs?|couples?|"
-    r"gross|myriads?|inverses?|reciprocals?|logs?|pi|sin|cos|tan|ln|max|min|gcd|lcm|mod|nan|inf|"
-    r"[A-Z]{2,}|[a-z-]*(?:ths?|rds|folds?|illions?)")
+    r"(?<![A-Za-z-])(?:am|pm|not?|never|less|more|plus|minus|negatives?|opposites?|times|twice|"
+    r"double|triple|squared|cubed|over|out|of|to|factorial|roots?|powers?|base|remainder|wrongs?|"
+    r"false|about|almost|pairs?|couples?|gross|myriads?|inverses?|reciprocals?|logs?|pi|sin|cos|"
+    r"tan|ln|max|min|gcd|lcm|mod|nan|inf|[A-Z]{2,}|[a-z-]*(?:ths?|rds|folds?|illions?))"
+    r"(?![A-Za-z-])")
 """A word that changes what is said, or may: an answer that has one is compared as text only."""
 
 
@@ -163,10 +165,10 @@ def _mark_words(match: re.Match) -> str:
     return " " + _WORD_IN_TEXT.sub(r"\\text{\g<0>}", content) + " "
 
 
-# --- one spelling -----------------------------------------------------------------------------------
+# --- one spelling ---------------------------------------------------------------------------------
 
 class Rule(NamedTuple):
-    """A rewriting: what `pattern` finds becomes `replacement`, so that `example` becomes `result`."""
+    """A rewriting: what `pattern` finds becomes `replacement`, so `example` becomes `result`."""
 
     name: str
     pattern: re.Pattern
@@ -195,7 +197,8 @@ _ARGUMENT = r"(?:[0-9A-Za-z]|\\[A-Za-z]+)"  # a TeX argument without braces is o
 _GROUP = r"\{(?:[^{}]|\{[^{}]*\})*\}"
 
 SPELLING = _rules(
-    ("markup", r"\\!|\\(?:left|right)\.|(?<!\\)\\[()\[\]]|(?<!\\)\$", "", r"$12,\!345$", "12,345"),
+    ("markup", r"\\!|\\(?:left|right)\.|(?<!\\)\\[()\[\]]|(?<!\\)\$", "",
+     r"$12,\!345$", "12,345"),
     ("commands", r"\\([A-Za-z]+)", lambda found: _COMMAND.get(found[1], found[0]),
      r"\left(\dfrac12\right)", r"(\frac12)"),
     ("pi", r"(?<![A-Za-z\\{])pi(?![A-Za-z])", r"\\pi ", "2pi", r"2\pi "),
@@ -226,7 +229,7 @@ SPELLING = _rules(
 )
 """Ways to write the same thing, brought to one, in this order and until nothing changes."""
 
-_NUMBER = re.compile(r"([+-]?)([0-9]*)(?:\.([0-9]*))?")
+_NUMBER = re.compile(r"[+-]?[0-9]*(?:\.[0-9]*)?")
 _THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:,|\{,\})[0-9]{3})+(?![0-9,{])")
 _TRIGONOMETRY = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)")
 _DEGREES = re.compile(r"\^\\circ ?(?=$|[,)\]+*/<>=-]|\\text)")
@@ -249,12 +252,12 @@ def _tidy(answer: str) -> str:
 
 def _plain_number(text: str) -> str:
     """Drop the plus sign and the idle zeros of a number: +05.50 is 5.5. Other texts stay."""
-    number = _NUMBER.fullmatch(text)
-    if not number or not (number[2] or number[3]):
+    if not _NUMBER.fullmatch(text) or not text.strip("+-."):
         return text
-    whole, decimals = number[2].lstrip("0") or "0", (number[3] or "").rstrip("0")
-    value = f"{whole}.{decimals}" if decimals else whole
-    return "-" + value if number[1] == "-" and value != "0" else value
+    digits = f"{Decimal(text):f}"
+    if "." in digits:
+        digits = digits.rstrip("0").rstrip(".")
+    return "0" if digits == "-0" else digits
 
 
 def _spell(answer: str) -> str:
@@ -272,12 +275,13 @@ def _spell(answer: str) -> str:
     return _tidy(answer)
 
 
-# --- name, mathematics, label -----------------------------------------------------------------------
+# --- name, mathematics, label ---------------------------------------------------------------------
 
-_GREEK = "alpha beta delta theta lambda mu phi omega rho sigma"
+_GREEK = "alpha|beta|delta|theta|lambda|mu|phi|omega|rho|sigma"
 _NAME = re.compile(
-    rf"((?:[A-Za-z]|\\(?:{_GREEK.replace(' ', '|')})|\\text\{{[A-Za-z ]+\}})(?:_\w|_\{{\w+\}})?"
+    rf"((?:[A-Za-z]|\\(?:{_GREEK})|\\text\{{[A-Za-z ]+\}})(?:_\w|_\{{\w+\}})?"
     r"(?:\([a-z](?:, ?[a-z])*\))?)(?:=|\\in ?(?=[(\[]|\\\{))(?=[^=<>]+$)")
+_TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _TAIL = re.compile(r"(?: ?\\text\{[^{}]*\}(?:\^[23])?)+$")
 
 
@@ -290,41 +294,52 @@ class Answer:
     label: str = ""
 
     @property
+    def equation(self) -> str:
+        """The answer with its name, or as it stands if it is an equation without one, or empty."""
+        if self.name:
+            return f"{self.name}={self.mathematics}"
+        return self.mathematics if "=" in self.mathematics else ""
+
+    @property
     def has_words(self) -> bool:
         """Whether there are words in the mathematics, which is then compared as text only."""
         return r"\text{" in self.mathematics
 
 
-def _times(number: str, amounts: list[Fraction]) -> str | None:
-    """Multiply a plain number with amounts: 3 and 1/5 are `\\frac{3}{5}`. None for other texts."""
-    if re.fullmatch(r"-?[0-9]+(?:\.[0-9]+)?", number) is None:
-        return None
-    product = Fraction(number)
-    for amount in amounts:
-        product *= amount
+def _times(number: str, amounts: list[Fraction]) -> str:
+    r"""Multiply a plain number with amounts: 3 and 1/5 are ``\frac{3}{5}``. Empty if it is none."""
+    if not amounts:
+        return number
+    if not re.fullmatch(r"-?[0-9]+(?:\.[0-9]+)?", number):
+        return ""
+    product = math.prod(amounts, start=Fraction(number))
     if product.denominator == 1:
         return str(product)
-    sign = "-" if product < 0 else ""
-    return rf"{sign}\frac{{{abs(product.numerator)}}}{{{product.denominator}}}"
+    fraction = rf"\frac{{{abs(product.numerator)}}}{{{product.denominator}}}"
+    return "-" * (product < 0) + fraction
+
+
+def _label(words: list[str]) -> str | None:
+    """Return the label that words after a number are, None if they say more."""
+    text = " ".join(words)
+    known = unit(text)
+    if known is None and _NO_LABEL.search(text):
+        return None
+    return known or text.lower()
 
 
 def _split_label(text: str) -> tuple[str, str]:
     """Split the words at the end off, if they are a label or an amount; else split off nothing."""
     tail = _TAIL.search(text)
-    number = text[: tail.start()].rstrip() if tail else ""
-    if not re.search(r"[0-9]|\\pi", number):
+    if tail is None:
         return text, ""
-    words = re.sub(r"\\text\{([^{}]*)\}", r" \1", tail[0]).split()
-    amounts = [AMOUNTS[_singular(word)] for word in words if _singular(word) in AMOUNTS]
-    words = [word for word in words if _singular(word) not in AMOUNTS]
-    label = " ".join(words)
-    if amounts:
-        number = _times(number, amounts)
-    known = unit(label)
-    refused = known is None and any(_NO_LABEL.fullmatch(word) for word in words)
-    if number is None or refused:
+    words = _TEXT.sub(r" \1", tail[0]).split()
+    amounts = [AMOUNTS[word] for word in map(_singular, words) if word in AMOUNTS]
+    label = _label([word for word in words if _singular(word) not in AMOUNTS])
+    number = _times(text[: tail.start()].rstrip(), amounts)
+    if label is None or not re.search(r"[0-9]|\\pi", number):
         return text, ""
-    return number, known or label.lower()
+    return number, label
 
 
 @lru_cache(maxsize=20_000)
@@ -358,7 +373,7 @@ def normalize(answer: str) -> str:
     return take_apart(answer).mathematics
 
 
-# --- exact match ------------------------------------------------------------------------------------
+# --- exact match ----------------------------------------------------------------------------------
 
 _UP_TO_ONE = re.compile(r"-?(?:0|\\frac|1$)")
 
@@ -376,7 +391,7 @@ def _same_text(gold: Answer, answer: Answer) -> bool:
 
     MATH writes percentages with and without the sign: 50\% is 50, but 1\% is not 1.
     """
-    texts = [re.sub(r"\\text\{([^{}]*)\}", r"\1", side.mathematics) for side in (gold, answer)]
+    texts = [_TEXT.sub(r"\1", side.mathematics) for side in (gold, answer)]
     if texts[0] != texts[1] or texts[0] == "":
         return False
     percent = [side.label == "percent" for side in (gold, answer)]
@@ -394,12 +409,11 @@ def exact_match(gold: str, answer: str) -> bool:
     return len(names) < 2 and _labels_agree(ours, theirs) and _same_text(ours, theirs)
 
 
-# --- what math-verify is shown ----------------------------------------------------------------------
+# --- what math-verify is shown --------------------------------------------------------------------
 
-_COMMANDS = set(
-    "frac sqrt cdot times div pi infty sin cos tan cot sec csc arcsin arccos arctan log ln binom "
-    "lfloor rfloor lceil rceil".split() + _GREEK.split())
-_CHARACTERS = set(string.ascii_letters + string.digits + "+-*/^_(){}[]|!.\\ ")
+_KNOWN = re.compile(
+    r"(?:\\(?:frac|sqrt|cdot|times|div|pi|infty|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|"
+    rf"ln|binom|lfloor|rfloor|lceil|rceil|{_GREEK})(?![A-Za-z])|[0-9A-Za-z+*/^_(){{}}\[\]|!. -])+")
 _FUNCTION = r"\\(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc)|log|ln)(?:[\^_](?:\w|\{[^{}]*\}))*"
 
 _BARE = rf"(?:\\(?:frac|sqrt|binom|pi|theta)(?![A-Za-z])|{_GROUP}|[0-9A-Za-z^! ])"
@@ -453,28 +467,26 @@ READING = _rules(
 """What math-verify would misread, in the spelling that it reads rightly: 2(3) is 5 for it."""
 
 
-def _balanced(text: str) -> bool:
-    return all(text.count(left) == text.count(right) for left, right in ("{}", "()", "[]"))
+def _well_nested(text: str) -> bool:
+    pairs = all(text.count(left) == text.count(right) for left, right in ("{}", "()", "[]"))
+    return pairs and text.count("|") % 2 == 0 and len(re.findall(r"[({\[]", text)) <= MAX_BRACKETS
 
 
 def _expression(text: str) -> str | None:
     """Return an expression as math-verify is to read it, None if it must not see it."""
-    if text.count("(") + text.count("{") + text.count("[") > MAX_BRACKETS:
-        return None
     text = READING[0].apply(text.strip())
-    if not text or set(text) - _CHARACTERS or set(re.findall(r"\\([A-Za-z]+|.)", text)) - _COMMANDS:
-        return None
-    if _MISREAD.search(text) or not _balanced(text) or text.count("|") % 2:
+    if not _KNOWN.fullmatch(text) or _MISREAD.search(text) or not _well_nested(text):
         return None
     for rule in READING[1:]:
         text = rule.apply(text)
     return text
 
 
-# --- the structure of an answer ---------------------------------------------------------------------
+# --- the structure of an answer -------------------------------------------------------------------
 
 _BRACKETS = re.compile(r"\\[{}]|[({\[\])}]|,|\\cup(?![A-Za-z])")
 _RELATION = re.compile(r"(<|>|=|\\le(?![A-Za-z])|\\ge(?![A-Za-z]))")
+_TURNED = {">": "<", r"\ge": r"\le"}
 _MATRIX = re.compile(r"\\begin ?\{([pb]matrix)\}(.*?)(?:\\\\)?\\end ?\{\1\}", re.DOTALL)
 _ENCLOSED = re.compile(r"([(\[]|\\\{)(.*)([)\]]|\\\})", re.DOTALL)
 
@@ -494,8 +506,9 @@ def _split(text: str, separator: str) -> list[str]:
     return [*parts, text[start:]]
 
 
-def _node(kind: str, parts: list[Tree | None]) -> Tree | None:
-    return None if None in parts else (kind, tuple(parts))
+def _node(kind: str, parts: Iterable[Tree | None]) -> Tree | None:
+    parts = tuple(parts)
+    return None if None in parts else (kind, parts)
 
 
 def _matrix(rows: str) -> Tree | None:
@@ -506,14 +519,26 @@ def _matrix(rows: str) -> Tree | None:
 
 def _relations(text: str) -> Tree | None:
     """Read a < b = c as the relations of neighbours, with the smaller side first."""
-    parts = _RELATION.split(text)
-    sides = [_expression(side) for side in parts[::2]]
+    signs = _RELATION.findall(text)
+    sides = [_expression(side) for side in _RELATION.split(text)[::2]]
     relations = []
-    for sign, left, right in zip(parts[1::2], sides[:-1], sides[1:], strict=True):
-        if sign in (">", r"\ge"):
-            sign, left, right = {">": "<", r"\ge": r"\le"}[sign], right, left
+    for sign, left, right in zip(signs, sides[:-1], sides[1:], strict=True):
+        if sign in _TURNED:
+            sign, left, right = _TURNED[sign], right, left
         relations.append(_node(sign, [left, right]))
     return relations[0] if len(relations) == 1 else _node("all", relations)
+
+
+def _enclosed(text: str) -> tuple[str, list[str]] | None:
+    """Return kind and items of a pair, an interval or a set, None if the text is none of them."""
+    found = _ENCLOSED.fullmatch(text)
+    if found is None or len(_split(text, ",")) > 1:
+        return None
+    left, inner, right = found.groups()
+    items = _split(inner, ",")
+    if left + right == r"\{\}":
+        return "set", items
+    return (left + right, items) if len(items) > 1 else None
 
 
 def _item(text: str) -> Tree | None:
@@ -524,13 +549,21 @@ def _item(text: str) -> Tree | None:
         return _matrix(matrix[2])
     union = _split(text, r"\cup")
     if len(union) > 1:
-        return _node("union", [_item(part) for part in union])
-    enclosed = _ENCLOSED.fullmatch(text)
-    items = _split(enclosed[2], ",") if enclosed and len(_split(text, ",")) == 1 else []
-    if enclosed and (len(items) > 1 or enclosed[1] + enclosed[3] == r"\{\}"):
-        kind = (enclosed[1] + enclosed[3]).replace(r"\{\}", "set")
-        return _node(kind, [_item(item) for item in items])
-    return _relations(text) if _RELATION.search(text) else _expression(text)
+        return _node("union", map(_item, union))
+    enclosed = _enclosed(text)
+    if enclosed:
+        return _node(enclosed[0], map(_item, enclosed[1]))
+    if _RELATION.search(text):
+        return _relations(text)
+    return _expression(text)
+
+
+def _both_signs(item: str) -> list[str]:
+    r"""Write ``1 \pm x`` as ``1+x`` and ``1-x``."""
+    if item.count(r"\pm") != 1:
+        return [item]
+    plus = re.sub(r"(^|[({])\+", r"\1", item.replace(r"\pm", "+"))
+    return [plus, item.replace(r"\pm", "-")]
 
 
 def structure(mathematics: str) -> Tree | None:
@@ -538,12 +571,10 @@ def structure(mathematics: str) -> Tree | None:
 
     An expression is a str; all else is a kind and its parts: ``(1,2]`` is ``("(]", ("1", "2"))``.
     """
-    items = []
-    for item in _split(mathematics, ","):
-        signs = ("+", "-") if item.count(r"\pm") == 1 else ("",)
-        items += [re.sub(r"(^|[({])\+", r"\1", item.replace(r"\pm", sign)) for sign in signs]
-    parts = [_item(item) for item in items]
-    return parts[0] if len(parts) == 1 else _node("set", parts)
+    items = [item for part in _split(mathematics, ",") for item in _both_signs(part)]
+    if len(items) == 1:
+        return _item(items[0])
+    return _node("set", map(_item, items))
 
 
 def _alike(gold: Tree, answer: Tree) -> bool:
@@ -553,28 +584,37 @@ def _alike(gold: Tree, answer: Tree) -> bool:
     return gold[0] == answer[0] and len(gold[1]) == len(answer[1])
 
 
+def _value(side: Answer, tree: Tree) -> Tree:
+    """Return an expression as its value if it is a percentage."""
+    if side.label == "percent" and isinstance(tree, str):
+        return rf"\frac{{{tree}}}{{100}}"
+    return tree
+
+
+def _case_clash(texts: list[str]) -> bool:
+    """Whether a letter occurs as a capital and as a small one: math-verify reads X as x."""
+    letters = set(re.sub(r"\\[A-Za-z]+", "", "".join(texts)))
+    return any(letter.isupper() and letter.lower() in letters for letter in letters)
+
+
 def _structures(gold: Answer, answer: Answer) -> tuple[Tree, Tree] | None:
     """Return what is to be compared, None if only the exact match may decide."""
-    both = (gold, answer)
     if gold.has_words or answer.has_words or not _labels_agree(gold, answer):
         return None
-    texts = [side.mathematics for side in both]
-    if gold.name != answer.name and all(side.name or "=" in side.mathematics for side in both):
-        texts = [f"{side.name}={side.mathematics}".removeprefix("=") for side in both]  # equations
-    letters = set(re.sub(r"\\[A-Za-z]+", "", "".join(texts)))
-    if any(letter.isupper() and letter.lower() in letters for letter in letters):
-        return None  # math-verify reads X as x
+    sides = (gold, answer)
+    texts = [side.mathematics for side in sides]
+    equations = [side.equation for side in sides]
+    if gold.name != answer.name and "" not in equations:
+        texts = equations  # x=5 and 2x=10; of x=5 and 5 only the 5 is compared
     trees = [structure(text) for text in texts]
-    if None in trees or not _alike(*trees):
+    if None in trees or not _alike(*trees) or _case_clash(texts):
         return None
-    percent = [side.label == "percent" for side in both]
-    if percent[0] != percent[1] and not _same_text(gold, answer):
-        i = percent.index(True)
-        trees[i] = rf"\frac{{{trees[i]}}}{{100}}" if isinstance(trees[i], str) else trees[i]
+    if not _same_text(gold, answer):
+        trees = [_value(side, tree) for side, tree in zip(sides, trees, strict=True)]
     return tuple(trees)
 
 
-# --- symbolic equality ------------------------------------------------------------------------------
+# --- symbolic equality ----------------------------------------------------------------------------
 
 @dataclass(frozen=True, slots=True)
 class Grade:
@@ -595,18 +635,24 @@ class Grade:
     answer: str | None
 
 
+def _is_plain_number(side: Answer) -> bool:
+    return side.mathematics != "" and _NUMBER.fullmatch(side.mathematics) is not None
+
+
 def _without_sympy(gold: str, answer: str | None, shortcut: bool) -> Grade | tuple[Tree, Tree]:
     """Return the verdict where text is enough for it, else the two structures to compare."""
     if answer is None or not answer.strip():
         return Grade(False, "unparsed", False, answer)
     exact = exact_match(gold, answer)
+    settled = Grade(exact, "exact", exact, answer)
+    if max(len(gold), len(answer)) > MAX_ANSWER or (shortcut and exact):
+        return settled
     sides = take_apart(gold), take_apart(answer)
     # Two plain numbers are equal only as texts, but for 50\% and 0.5.
-    plain = all(side.mathematics and _NUMBER.fullmatch(side.mathematics)
-                and side.label != "percent" for side in sides)
-    if (shortcut and (exact or plain)) or max(len(gold), len(answer)) > MAX_ANSWER:
-        return Grade(exact, "exact", exact, answer)
-    return _structures(*sides) or Grade(exact, "exact", exact, answer)
+    percent = "percent" in (sides[0].label, sides[1].label)
+    if shortcut and not percent and all(map(_is_plain_number, sides)):
+        return settled
+    return _structures(*sides) or settled
 
 
 class Verifier:
