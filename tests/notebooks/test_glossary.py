@@ -38,7 +38,8 @@ def written_by():
     """The sources that write columns: TRL's trainer, lib, and the code of the notebooks."""
     cells = [cell for path in ROOT.glob("notebooks/**/*.ipynb") for cell in json.loads(path.read_text())["cells"]]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    sources = [Path(find_spec("trl").origin).with_name("trainer") / "grpo_trainer.py", *ROOT.glob("lib/*.py")]
+    sources = [Path(find_spec("trl").origin).with_name("trainer") / "grpo_trainer.py", *ROOT.glob("lib/*.py"),
+               *ROOT.glob("runner/*.py")]
     return "\n".join([*code, *(path.read_text() for path in sources)])
 
 
