@@ -387,7 +387,8 @@ def _judged(compared: pd.DataFrame, reference: str) -> str:
     below = len(sure) - len(above)
     if below == len(compared) > 1:
         return f"All {below} different arms end significantly below {reference}."
-    sentence = (f"Of {counted(len(compared), 'different arm')}, {below or 'none'} end "
+    end = "ends" if below == 1 else "end"
+    sentence = (f"Of {counted(len(compared), 'different arm')}, {below or 'none'} {end} "
                 f"significantly below {reference}")
     if above.empty:
         return sentence + ", and none above."
