@@ -135,9 +135,10 @@ def test_a_sweep_gives_an_engine_a_gpu_to_itself(machine, part, address):
 def test_more_than_there_is_is_refused_and_not_waited_for(workspace):
     study = workspace / "many.yaml"
     study.write_text("title: t\narms: [{}]\nseeds: [0]\nuse_selected: false\n")
-    done = subprocess.run([sys.executable, "-m", "runner", str(study), "--cpus-per-run", "1000"], cwd=ROOT,
+    done = subprocess.run([sys.executable, "-m", "runner", str(study), "--runs-only", "--cpus-per-run", "1000"],
+                          cwd=ROOT,
                           env=os.environ | {"GRPO_NOISE_WORK": str(workspace)}, capture_output=True, text=True,
-                          timeout=100)
+                          timeout=1800)
     assert done.returncode == 2 and "--cpus-per-run 1000: there are " in done.stderr
 
 
