@@ -29,7 +29,7 @@ def write_workspace(runs: int, seeds: int, questions: int, k: int, steps: int):
     from synthetic_study import graded, reward_log
 
     from lib import rewards
-    from runner import WORK, dataset, policies
+    from runner import WORK, dataset, files, policies, studies
     from runner import runs as contract
 
     dataset.make_dataset("arithmetic", n_train=1000, n_test=questions)
@@ -44,7 +44,7 @@ def write_workspace(runs: int, seeds: int, questions: int, k: int, steps: int):
         "title": "Scale", "arms": [{}, *({name: values} for name, values in zip(names, rates, strict=True) if values)],
         "seeds": list(range(seeds)), "eval_samples": k, "use_selected": False,
         "fixed": {"max_steps": steps, "eval_interval": steps}}))
-    design, grid = contract.load_study(str(file), "tiny")
+    design, grid = studies.load_study(str(file), "tiny")
     asked = dataset.load_split("arithmetic", design.eval_split).to_pandas()[["sample_id", "level", "type"]]
     prompts = grid[0].per_device_train_batch_size // grid[0].num_generations
     practised = np.resize(dataset.load_split("arithmetic", "train")["sample_id"], steps * prompts)
@@ -54,7 +54,7 @@ def write_workspace(runs: int, seeds: int, questions: int, k: int, steps: int):
                 identity]  # as in 03_eval
 
     def keep(run: Path, skill: float, seed: int, *done: str):
-        name = f"eval-{contract.digest([*settings, *done])}.parquet"
+        name = f"eval-{files.digest([*settings, *done])}.parquet"
         graded(asked, difficulty + skill, k, np.random.default_rng(seed)).to_parquet(run / name, index=False)
 
     grid[0].base_folder.mkdir(parents=True)
@@ -74,7 +74,7 @@ def write_workspace(runs: int, seeds: int, questions: int, k: int, steps: int):
         means = log.groupby("step", as_index=False)[["true_reward", "observed_reward"]].mean()
         means.columns = ["step", "clean_mean", "observed_mean"]
         means.to_parquet(p.folder / "metrics.parquet")
-        contract.seal(p.folder, "params.json", "provenance.json", "rewards.parquet", "metrics.parquet",
+        files.seal(p.folder, "params.json", "provenance.json", "rewards.parquet", "metrics.parquet",
                       "adapter/adapter_model.safetensors")
 
 
@@ -133,6 +133,7 @@ def main() -> int:
         if not study.exists():
             write_workspace(args.runs, args.seeds, args.questions, args.samples, args.steps)
         folder = Path(work) / "outputs" / STUDY
+        folder.mkdir(parents=True, exist_ok=True)
         cells = pd.concat([execute("03_eval", folder, study=str(study)), execute("04_analysis", folder, study=STUDY)])
     asked = cells["notebook"].eq("04_analysis") | cells["cell"].isin(["tables", "summary"])
     total = cells[asked].agg({"seconds": "sum", "CPU s": "sum", "GiB": "max"})
