@@ -48,12 +48,13 @@ class Run:
         identity: policy_hash and data_hash, which must be those that the run began with.
         See `runs.begin` for what is refused and mended, and for record and checkpoint.
         """
-        self.record, self.checkpoint = begin(self.folder, self.params, **identity)
+        executed = self.cells[self.first_cell:]
+        self.record, self.checkpoint = begin(self.folder, self.params, executed, **identity)
         try:
             yield self
             self._refuse_unproven_log()
             self.record["notebook_seconds"] = round(time.monotonic() - self.began, 1)
-            finish(self.folder, self.record, self.cells[self.first_cell:])
+            finish(self.folder, self.record)
         finally:
             self.lock.close()  # another notebook may show the run while this kernel lives
 

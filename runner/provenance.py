@@ -89,23 +89,16 @@ def peak_memory_mb() -> int:
     return peak // (1024 if platform.system() == "Linux" else 1024**2)
 
 
-def code(executed: list[str] | None = None) -> dict[str, str]:
-    """sha256 of 02_train's code cells and of the DECISIVE modules: which code made a run.
+def code(executed: list[str]) -> dict[str, str]:
+    """sha256 of the cells that led to a training and of the DECISIVE modules: the code of a run.
 
-    executed: the cells that this kernel executed (IPython's `In`), else those that are on disk.
-    Cells of nothing but assignments are left out: parameters are in params.json.
+    executed: these cells (IPython's `In` when the training begins), not the file, which may have
+    been edited meanwhile. Cells of nothing but assignments are left out: they are in params.json.
     """
-    if executed is None:
-        executed = _cells_on_disk()
     stripped = [cell.strip() for cell in executed]
     cells = [cell for cell in stripped if cell and not assignments(cell)]
     modules = {name: sha256(ROOT / name) for name in DECISIVE}
     return {"notebook": digest(cells, 64), "modules": digest(modules, 64)}
-
-
-def _cells_on_disk() -> list[str]:
-    cells = json.loads((ROOT / "notebooks/02_train.ipynb").read_text())["cells"]
-    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
 
 def assignments(cell: str) -> dict[str, Any]:

@@ -190,10 +190,11 @@ def tracking(params: Params) -> dict[str, str]:
 # --- start, or go on ------------------------------------------------------------------------------
 
 
-def begin(folder: Path, params: Params, **identity: str) -> tuple[dict[str, Any], Path | None]:
+def begin(folder: Path, params: Params, executed: list[str],
+          **identity: str) -> tuple[dict[str, Any], Path | None]:
     """Start a run, or go on with one. What is later than the checkpoint it goes on from is deleted.
 
-    identity: policy_hash and data_hash of this start.
+    executed: the cells that led here, see `code`. identity: policy_hash and data_hash of today.
     Returns the provenance record, to be completed by `finish`, and the checkpoint (None: from the
     start). Damage is mended by going back to what is whole, and the record says so under `mended`.
     ValueError if the folder is that of another run, or began with another policy or other data.
@@ -209,19 +210,20 @@ def begin(folder: Path, params: Params, **identity: str) -> tuple[dict[str, Any]
     _forget_from(folder, step)
 
     seeds = params.model_dump(include={"seed", "noise_seed", "base_seed"})
-    record = provenance(**identity, seeds=seeds, **_history(before or {}, step, mended))
+    record = provenance(**identity, seeds=seeds, code=[code(executed)])
+    _add_history(record, before or {}, step, mended)
     _write_json(folder / "params.json", params.model_dump())
     _write_json(folder / "provenance.json", record)
     return record, checkpoint
 
 
-def _history(before: dict, step: int, mended: list[str]) -> dict[str, list]:
-    """What the record says about earlier starts, and about this one from `step`."""
-    resumed_from, codes = before.get("resumed_from", []), []
+def _add_history(record: dict[str, Any], before: dict, step: int, mended: list[str]):
+    """Put what earlier starts recorded before what this one does, which goes on from `step`."""
+    record["mended"] = before.get("mended", []) + mended
+    record["resumed_from"] = before.get("resumed_from", [])
     if step:  # what an earlier start did is a part of the run
-        resumed_from, codes = [*resumed_from, step], before.get("code", [])
-    return {"resumed_from": resumed_from, "mended": before.get("mended", []) + mended,
-            "code": [*codes, code()]}
+        record["resumed_from"] = [*record["resumed_from"], step]
+        record["code"] = before.get("code", []) + record["code"]
 
 
 def _refuse_other_run(folder: Path, params: Params):
@@ -275,14 +277,12 @@ def _write_json(path: Path, values: dict[str, Any]):
 # --- the end --------------------------------------------------------------------------------------
 
 
-def finish(folder: Path, record: dict[str, Any], executed: list[str]):
-    """Complete provenance.json with the executed code, the adapter's hash and peak memory; seal.
+def finish(folder: Path, record: dict[str, Any]):
+    """Complete provenance.json with the adapter's hash and peak memory, and seal the files.
 
-    DONE is written last, when everything else has reached the disk. executed: see `code`.
+    DONE is written last, when everything else has reached the disk.
     """
     record |= {"adapter_hash": adapter_hash(folder), "peak_memory_mb": peak_memory_mb()}
-    # the notebook may have been edited while this kernel started
-    record["code"][-1]["notebook"] = code(executed)["notebook"]
     _write_json(folder / "provenance.json", record)
     adapter = [f"adapter/{file.name}" for file in sorted((folder / "adapter").iterdir())]
     seal(folder, *RECORDS, "rewards.parquet", "metrics.parquet", *adapter)

@@ -9,7 +9,7 @@ import socket
 import pandas as pd
 import pytest
 
-from runner import ROOT, provenance, runs
+from runner import ROOT, checkpoints, parameters, provenance, runs
 
 # 02_train imports these, but they show or check what a run has computed already
 SHOWING = {"lib/plots.py", "lib/stats.py", "lib/audit.py", "lib/theory.py"}
@@ -46,8 +46,6 @@ def copy(tmp_path, monkeypatch):
     """A copy of the code, which may be edited."""
     for package in ("lib", "runner"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "notebooks").mkdir()
-    shutil.copy(ROOT / "notebooks/02_train.ipynb", tmp_path / "notebooks")
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
     return tmp_path
 
@@ -58,31 +56,31 @@ def edit(path):
 
 @pytest.mark.parametrize("name", sorted([*SHOWING, "runner/__main__.py", "runner/sweep.py", "runner/studies.py"]))
 def test_an_edited_figure_or_sweep_makes_no_other_code(copy, name):
-    before = provenance.code()
+    before = provenance.code([])
     edit(copy / name)
-    assert provenance.code() == before
+    assert provenance.code([]) == before
 
 
 @pytest.mark.parametrize("name", provenance.DECISIVE)
 def test_an_edit_of_what_decides_a_run_makes_other_code(copy, name):
-    before = provenance.code()
+    before = provenance.code([])
     edit(copy / name)
-    after = provenance.code()
+    after = provenance.code([])
     assert after["modules"] != before["modules"] and after["notebook"] == before["notebook"]
 
 
-def test_an_edited_cell_makes_other_code_and_an_edited_text_does_not(copy):
-    path = copy / "notebooks/02_train.ipynb"
-    notebook, before = json.loads(path.read_text()), provenance.code()
-
-    def edited(kind):
-        next(cell for cell in notebook["cells"] if cell["cell_type"] == kind)["source"].append("\nprint(1)")
-        path.write_text(json.dumps(notebook))
-        return provenance.code()
-
-    assert edited("markdown") == before
-    notebook["cells"] = notebook["cells"][2:]  # without the parameters
-    assert edited("code")["notebook"] != before["notebook"]
+def test_an_interrupted_run_that_goes_on_unchanged_has_one_version(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "logged_until", lambda *_: 100)
+    params, cells = parameters.resolve("tiny"), ["seed = 1", "print(1)"]
+    first, _ = runs.begin(tmp_path, params, cells, policy_hash="aa")
+    (tmp_path / "checkpoints/checkpoint-50").mkdir(parents=True)
+    (tmp_path / "checkpoints/checkpoint-50/optimizer.pt").write_text("state")
+    checkpoints.keep_checkpoint(tmp_path, 50)
+    record, _ = runs.begin(tmp_path, params, cells, policy_hash="aa")
+    assert record["resumed_from"] == [50] and record["code"] == first["code"] * 2
+    assert runs.code_note(pd.Series({"a": record["code"]}, dtype=object)) == ""
+    edited, _ = runs.begin(tmp_path, params, ["seed = 1", "print(2)"], policy_hash="aa")
+    assert "two versions" in runs.code_note(pd.Series({"a": edited["code"]}, dtype=object))
 
 
 def test_parameters_are_no_code():

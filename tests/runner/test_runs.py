@@ -63,13 +63,13 @@ def test_a_checkpoint_behind_the_log_is_passed_over(tmp_path):
 
 def test_a_run_does_not_go_on_with_another_policy(tmp_path, logged):
     params = parameters.resolve("tiny")
-    assert runs.begin(tmp_path, params, policy_hash="aa", data_hash="bb")[0]["resumed_from"] == []
+    assert runs.begin(tmp_path, params, [], policy_hash="aa", data_hash="bb")[0]["resumed_from"] == []
     checkpoint(tmp_path, 50)
-    record, found = runs.begin(tmp_path, params, policy_hash="aa", data_hash="bb")
+    record, found = runs.begin(tmp_path, params, [], policy_hash="aa", data_hash="bb")
     assert record["resumed_from"] == [50] and found.name == "checkpoint-50" and not record["mended"]
     assert json.loads((tmp_path / "params.json").read_text())["seed"] == 0
     with pytest.raises(ValueError, match="began with another policy"):
-        runs.begin(tmp_path, params, policy_hash="cc", data_hash="bb")
+        runs.begin(tmp_path, params, [], policy_hash="cc", data_hash="bb")
     assert found.exists()
 
 
@@ -78,14 +78,14 @@ def test_status_follows_the_files(tmp_path):
     folder = tmp_path / parameters.run_id(params)
     (folder / "adapter").mkdir(parents=True)
     assert runs.status(folder) == "missing"
-    record, _ = runs.begin(folder, params, policy_hash="aa")
+    record, _ = runs.begin(folder, params, ["print(1)"], policy_hash="aa")
     assert runs.status(folder) == "interrupted"
     (folder / "FAILED").touch()
     assert runs.status(folder) == "failed"
     for name in ("adapter/adapter_model.safetensors", "rewards.parquet", "metrics.parquet"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(name)
-    runs.finish(folder, record, ["print(1)"])
+    runs.finish(folder, record)
     assert runs.status(folder) == "done" and not (folder / "FAILED").exists()
     (folder / "metrics.parquet").write_text("other")
     assert runs.status(folder) == "damaged"
