@@ -7,21 +7,25 @@ from pathlib import Path
 
 from runner import dataset
 
-# Why a hub does not deliver a model, to follow its name. {local}: the way without a hub.
-NO_ID = "is neither a folder here nor a hub id such as Qwen/Qwen2.5-Math-1.5B"
+# Why a model is not had, to follow its name, by the error of the hub's client. {local}: the way
+# without a hub.
+REASONS = {
+    "HFValidationError": "is neither a folder here nor a hub id such as Qwen/Qwen2.5-Math-1.5B",
+    "GatedRepoError": "is gated: accept its licence on its page of the hub, and set HF_TOKEN to a "
+                      "token of that account",
+    "RepositoryNotFoundError": "is neither a folder here nor a model on the hub: check the "
+                               "spelling, and set HF_TOKEN if it is private",
+    "EntryNotFoundError": "has no {file} in its repository on the hub: check the spelling, or "
+                          "{local}",
+    "OfflineModeIsEnabled": "is not in the local cache, and HF_HUB_OFFLINE forbids to ask the hub: "
+                            "unset it, or {local}",
+}
 UNREACHABLE = ("is neither here nor can its hub be reached: {local}, or set HF_ENDPOINT to a hub "
                "that this machine reaches")
-UNKNOWN = ("is neither a folder here nor a model on the hub: check the spelling, and set HF_TOKEN "
-           "if it is private")
-GATED = ("is gated: accept its licence on its page of the hub, and set HF_TOKEN to a token of that "
-         "account")
-INCOMPLETE = "has no {file} in its repository on the hub: check the spelling, or {local}"
-OFFLINE = ("is not in the local cache, and HF_HUB_OFFLINE forbids to ask the hub: unset it, or "
-           "{local}")
-REFUSED = "is not here, and its hub refuses it with HTTP status {status}: {remedy}, or {local}"
+REFUSED = "is not here, and its hub refuses it with HTTP status %d: %s, or {local}"
+REMEDIES = {401: "check HF_TOKEN", 403: "check HF_TOKEN", 404: "check HF_ENDPOINT"}
 PASSWORD = ("is not asked for, since HF_ENDPOINT holds a password, which would be written to logs: "
             "set HF_TOKEN instead, or {local}")
-STATUS_REMEDIES = {401: "check HF_TOKEN", 403: "check HF_TOKEN", 404: "check HF_ENDPOINT"}
 
 
 def without_secrets(text: str) -> str:
@@ -81,24 +85,22 @@ def _why_not(model: str, file: str) -> str | None:
     seconds = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or 5)
     try:
         metadata = get_hf_file_metadata(hf_hub_url(model, file), timeout=seconds)
-    except errors.HFValidationError:
-        return NO_ID
-    except errors.GatedRepoError:
-        return GATED
-    except errors.RepositoryNotFoundError:
-        return UNKNOWN
-    except errors.EntryNotFoundError:
-        return INCOMPLETE
-    except errors.OfflineModeIsEnabled:
-        return OFFLINE
-    except errors.HfHubHTTPError as e:
-        status = e.response.status_code
-        remedy = STATUS_REMEDIES.get(status, "try again later")
-        return REFUSED.replace("{status}", str(status)).replace("{remedy}", remedy)
-    except (httpx.HTTPError, httpx.InvalidURL, OSError):
-        return UNREACHABLE
+    except (errors.HFValidationError, httpx.HTTPError, httpx.InvalidURL, OSError) as e:
+        return _reason(e)
     # Only a hub says of which commit a file is: the page of a proxy does not.
     return None if metadata.commit_hash else UNREACHABLE
+
+
+def _reason(error: Exception) -> str:
+    """What an error of the hub's client means."""
+    for kind in type(error).__mro__:
+        if kind.__name__ in REASONS:
+            return REASONS[kind.__name__]
+    response = getattr(error, "response", None)
+    if response is None:
+        return UNREACHABLE
+    remedy = REMEDIES.get(response.status_code, "try again later")
+    return REFUSED % (response.status_code, remedy)
 
 
 def _is_cached(model: str, file: str) -> bool:

@@ -17,8 +17,8 @@ from runner.files import sha256
 
 MODELS = WORK / "models"
 ORIGIN = "origin.json"  # in a converted folder: which file it comes from
-WEIGHTS = {"model": ("config.json", "model.safetensors"),
-           "adapter": ("adapter_config.json", "adapter_model.safetensors")}
+WEIGHTS = {"model": ("config.json", "model.safetensors", "give one, or a hub id"),
+           "adapter": ("adapter_config.json", "adapter_model.safetensors", "give one")}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -68,20 +68,18 @@ def check_model(model: str):
 
 def check_folder(folder: Path, kind: str = "model"):
     """FileNotFoundError or ValueError if `folder` holds no model (or adapter) to be loaded."""
-    config, weights = WEIGHTS[kind]
+    config, weights, remedy = WEIGHTS[kind]
     if not (folder / config).is_file():
-        or_hub = ", or a hub id" if kind == "model" else ""
-        raise FileNotFoundError(
-            f"{kind}={str(folder)!r} is not a folder with {config}: give one{or_hub}")
+        raise FileNotFoundError(f"{kind}={str(folder)!r} is not a folder with {config}: {remedy}")
     if (folder / weights).is_file() or (folder / f"{weights}.index.json").is_file():
         return
 
+    found = "none"
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
-    why = "none"
     if pickles:
-        why = f"only {pickles[0]}, which could run code when it is opened"
-    raise ValueError(
-        f"{kind}={str(folder)!r}: weights are read from {weights}, and there is {why}")
+        found = f"only {pickles[0]}, which could run code when it is opened"
+    raise ValueError(f"{kind}={str(folder)!r}: weights are read from {weights}, and there is "
+                     f"{found}")
 
 
 def check_gguf(gguf: ModelFile):

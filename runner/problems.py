@@ -199,12 +199,14 @@ def _sum_row(kind: str, a: int, b: int) -> dict[str, str] | None:
 
 def _product_difficulty(a: int, b: int) -> int | None:
     """Of a * b, and of dividing it by b; None if no difficulty has these factors."""
-    if 13 <= a <= 99 and 2 <= b <= 9:
-        return 4 if a <= 49 and b <= 5 else 5
-    larger = max(a, b)
-    if larger > 12:
-        return None
-    return 1 + (larger > 5) + (larger > 9)
+    if a in range(13, 50) and b in range(2, 6):
+        return 4
+    if a in range(13, 100) and b in range(2, 10):
+        return 5
+    for largest_factor, difficulty in ((5, 1), (9, 2), (12, 3)):
+        if max(a, b) <= largest_factor:
+            return difficulty
+    return None
 
 
 def _product_row(difficulty: int, a: int, b: int) -> dict[str, str]:

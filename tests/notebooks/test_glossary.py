@@ -35,7 +35,7 @@ NAMED = glossary()
 
 @pytest.fixture(scope="module")
 def written_by():
-    """The sources that write columns: TRL's trainer, lib, and the code of the notebooks."""
+    """The sources that write columns: TRL's trainer, lib, runner, and the code of the notebooks."""
     cells = [cell for path in ROOT.glob("notebooks/**/*.ipynb") for cell in json.loads(path.read_text())["cells"]]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     sources = [Path(find_spec("trl").origin).with_name("trainer") / "grpo_trainer.py", *ROOT.glob("lib/*.py"),
