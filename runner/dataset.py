@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lib.answers import MAX_ANSWER, last_boxed
-from runner import ROOT, WORK
+from runner import ROOT, WORK, hub
 from runner.files import sha256
 from runner.problems import (
     DIFFICULTIES,
@@ -228,12 +228,6 @@ def merge_parts(folder: Path) -> dict[str, list[dict]]:
 # --- MATH -----------------------------------------------------------------------------------------
 
 
-def endpoint_has_password() -> bool:
-    """Whether HF_ENDPOINT holds one: the hub's client would write it to its log."""
-    address = os.environ.get("HF_ENDPOINT", "").partition("://")[2]
-    return "@" in address.partition("/")[0]
-
-
 def download_math() -> Path:
     """The folder of the hub's copy of MATH (12,500 problems), from the local cache if it is there.
 
@@ -241,7 +235,7 @@ def download_math() -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    if endpoint_has_password():
+    if hub.endpoint_has_password():
         raise ConnectionError("HF_ENDPOINT holds a password, which would be written to logs: set "
                               "HF_TOKEN instead")
     patterns = [f"*{suffix}" for suffix in SUFFIXES]

@@ -5,8 +5,6 @@ import os
 import re
 from pathlib import Path
 
-from runner import dataset
-
 # Why a model is not had, to follow its name, by the error of the hub's client. {local}: the way
 # without a hub.
 REASONS = {
@@ -36,6 +34,12 @@ def without_secrets(text: str) -> str:
     return re.sub(r"(?<=://)[^/@\s]*@", "", text)
 
 
+def endpoint_has_password() -> bool:
+    """Whether HF_ENDPOINT holds one: the hub's client would write it to its log."""
+    address = os.environ.get("HF_ENDPOINT", "").partition("://")[2]
+    return "@" in address.partition("/")[0]
+
+
 def check_hub(model: str, file: str = "config.json"):
     """FileNotFoundError, in one sentence and within seconds, if the hub does not deliver `model`.
 
@@ -51,7 +55,7 @@ def check_hub(model: str, file: str = "config.json"):
 def refuse_password(model: str, file: str = "config.json"):
     """FileNotFoundError if asking the hub would write a password to logs."""
     offline = os.environ.get("HF_HUB_OFFLINE") not in (None, "", "0")
-    if dataset.endpoint_has_password() and not offline:
+    if endpoint_has_password() and not offline:
         raise _not_found(model, file, PASSWORD)
 
 
