@@ -263,18 +263,14 @@ def make_dataset(source: str, data_dir: str | Path | None = None,
     """
     _check_request(source, math_dir)
     out = data_folder(data_dir or source)
-    if out.exists() and any(out.iterdir()) and not (out / "manifest.json").is_file():
-        raise ValueError(f"{shown(out)} holds other files (no manifest.json): choose another "
-                         "data_dir")
+    _refuse_foreign(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         stage = Path(temporary) / "new"
         stage.mkdir()
         parameters = {"source": source, "data_seed": data_seed}
         if source in GENERATED:
-            own = GENERATED[source]
-            sizes = {"n_train": own.n_train if n_train is None else n_train,
-                     "n_test": own.n_test if n_test is None else n_test}
+            sizes = _sizes(source, n_train, n_test)
             parameters |= sizes
             parts = stage / "parts"
             generate(source, parts, data_seed, **sizes)
@@ -292,6 +288,26 @@ def make_dataset(source: str, data_dir: str | Path | None = None,
             os.replace(out, Path(temporary) / "old")
         os.replace(stage, out)
     return out, True
+
+
+def _refuse_foreign(folder: Path):
+    """ValueError if `make_dataset` did not make the folder."""
+    if (folder / "manifest.json").is_file() or not folder.exists():
+        return
+    if any(folder.iterdir()):
+        raise ValueError(f"{shown(folder)} holds other files (no manifest.json): choose another "
+                         "data_dir")
+
+
+def _sizes(source: str, n_train: int | None, n_test: int | None) -> dict[str, int]:
+    """Problems to generate: the numbers that were asked for, else the source's own."""
+    own = GENERATED[source]
+    sizes = {"n_train": own.n_train, "n_test": own.n_test}
+    if n_train is not None:
+        sizes["n_train"] = n_train
+    if n_test is not None:
+        sizes["n_test"] = n_test
+    return sizes
 
 
 def _check_request(source: str, math_dir: str | Path | None):

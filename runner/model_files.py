@@ -5,9 +5,11 @@ run any code when it is opened. A GGUF file is converted once, into models/<sha2
 Nothing here imports torch before a file is converted.
 """
 
+import fcntl
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -141,7 +143,17 @@ def gguf_folder(gguf: ModelFile) -> Path:
         return folder
     file = local_gguf(gguf) or hub.download(*on_the_hub(gguf))
     digest = checked_sha256(file, gguf)
-    return converted_folder(digest) or convert(file, digest)
+    with _one_at_a_time(MODELS / f".{digest[:16]}.lock"):  # runs that start together
+        return converted_folder(digest) or convert(file, digest)
+
+
+@contextmanager
+def _one_at_a_time(lock: Path):
+    """Wait until no other process is in here. A process that ends gives the lock back."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def origin(folder: Path) -> dict[str, str]:
@@ -167,15 +179,13 @@ def convert(file: Path, digest: str) -> Path:
     _name_ends(model, tokenizer)
 
     folder = MODELS / digest[:16]
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
     about = {"model_file": file.name, "model_sha256": digest, "quantisation": quantisation(file)}
     (part / ORIGIN).write_text(json.dumps(about, indent=1) + "\n")
-    try:
-        os.replace(part, folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(part)
+    os.replace(part, folder)
     return folder
 
 

@@ -1,5 +1,6 @@
 """Models as GGUF files: found here or on a hub on loopback, checked, converted once, and known to tables."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -24,7 +25,7 @@ TAKE = """
 import sys
 from runner import model_files
 model_files.check_model(sys.argv[1])
-print("torch" in sys.modules)
+print("torch" in sys.modules, flush=True)
 print(model_files.gguf_folder(model_files.as_gguf(sys.argv[1])).name)
 """
 
@@ -100,7 +101,21 @@ def test_a_file_is_converted_once_and_says_where_it_comes_from(models, file):
     written = (folder / "model.safetensors").stat().st_mtime_ns
     assert model_files.gguf_folder(wanted) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
-    assert [f.name for f in models.iterdir()] == [folder.name]  # nothing is left beside it
+    assert [f.name for f in models.iterdir() if f.suffix != ".lock"] == [folder.name]  # nothing is left beside it
+
+
+def test_processes_that_start_together_convert_once(tmp_path, file):
+    (tmp_path / "models").mkdir()
+    with (tmp_path / f"models/.{files.sha256(file)[:16]}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process converts
+        environment = os.environ | {"GRPO_NOISE_WORK": str(tmp_path)}
+        waiting = subprocess.Popen([sys.executable, "-c", TAKE, str(file)], env=environment, cwd=ROOT,
+                                   stdout=subprocess.PIPE, text=True)
+        assert waiting.stdout.readline() == "False\n"  # checked, before torch
+        (tmp_path / f"models/{files.sha256(file)[:16]}").mkdir()
+        (tmp_path / f"models/{files.sha256(file)[:16]}/{model_files.ORIGIN}").write_text("{}")
+    assert waiting.communicate(timeout=600)[0].strip() == files.sha256(file)[:16]
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_the_converted_model_is_the_one_in_the_file(models, file):
