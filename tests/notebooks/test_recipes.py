@@ -47,9 +47,13 @@ def follow(workspace, tmp_path):
     return recipe
 
 
-def test_a_new_channel_touches_one_file_and_its_diff_fits():
-    diff = re.search(r"^```diff\n(.*?)^```$", (ROOT / "docs/recipe-channel.md").read_text(), re.M | re.S)[1]
-    assert re.findall(r"^\+\+\+ b/(.*)$", diff, re.M) == ["lib/noise.py"]
+@pytest.mark.parametrize("name, files", [
+    ("recipe-channel", ["lib/noise.py"]),
+    ("recipe-data", ["lib/verifiers.py", "notebooks/02_train.ipynb", "notebooks/03_eval.ipynb",
+                     "runner/evaluate.py", "runner/parameters.py"])])
+def test_the_diff_of_a_recipe_fits_the_code(name, files):
+    diff = re.search(r"^```diff\n(.*?)^```$", (ROOT / f"docs/{name}.md").read_text(), re.M | re.S)[1]
+    assert re.findall(r"^\+\+\+ b/(.*)$", diff, re.M) == files
     done = subprocess.run(["git", "apply", "--check", "-"], input=diff, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
