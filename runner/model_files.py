@@ -156,7 +156,7 @@ def _one_at_a_time(lock: Path):
         yield
 
 
-def origin(folder: Path) -> dict[str, str]:
+def origin_of(folder: Path) -> dict[str, str]:
     """model_file, model_sha256 and quantisation of a converted folder; {} of any other."""
     file = folder / ORIGIN
     return json.loads(file.read_text()) if file.is_file() else {}

@@ -78,7 +78,7 @@ def policy_source(params) -> str:
 
 def origin(params) -> dict[str, str]:
     """File, sha256 and quantisation of a base policy that comes from a GGUF file; else {}."""
-    return model_files.origin(Path(policy_source(params)))
+    return model_files.origin_of(Path(policy_source(params)))
 
 
 def load_policy(params, engine: str | None = None):

@@ -96,7 +96,7 @@ def test_a_file_is_converted_once_and_says_where_it_comes_from(models, file):
     folder = model_files.gguf_folder(wanted)
     digest = files.sha256(file)
     assert folder == models / digest[:16]
-    assert model_files.origin(folder) == {
+    assert model_files.origin_of(folder) == {
         "model_file": "tiny-q8_0.gguf", "model_sha256": digest, "quantisation": "Q8_0"}
     written = (folder / "model.safetensors").stat().st_mtime_ns
     assert model_files.gguf_folder(wanted) == folder
@@ -133,7 +133,7 @@ def test_the_converted_model_is_the_one_in_the_file(models, file):
 
 
 def test_a_folder_that_is_no_conversion_has_no_origin(tmp_path):
-    assert model_files.origin(tmp_path) == {}
+    assert model_files.origin_of(tmp_path) == {}
 
 
 def test_the_sha256_decides(models, file):
