@@ -9,8 +9,6 @@ import re
 import shutil
 from pathlib import Path
 
-import yaml
-
 ROOT = Path(__file__).resolve().parent.parent
 project, html_title = "GRPO under reward noise", "GRPO under reward noise"
 extensions = ["myst_nb", "sphinx_copybutton", "sphinx-mathjax-offline"]
@@ -65,28 +63,36 @@ html_theme_options = {"use_download_button": False, "use_fullscreen_button": Fal
 html_js_files = ["site.js"]
 
 
-def title(study: str) -> str:
-    """The title of a study in params/studies, whose name its folder begins with; else the name of the folder."""
-    for file in sorted((ROOT / "params/studies").glob("*.yaml"), key=lambda f: -len(f.stem)):
-        if study == file.stem or study.startswith(f"{file.stem}-"):
-            return f"{yaml.safe_load(file.read_text())['title']} ({study})"
-    return study
+def analysis(cells: list[dict], study: str) -> list[dict]:
+    """An analysis opens with its computed title; what is about code is left out, and the code of results is folded.
+
+    A study that repeats another has the other's title, so its own name stands behind it.
+    """
+    shown = [c for c in cells if c.get("outputs") or c["cell_type"] == "markdown"
+             and "about-code" not in c["metadata"].get("tags", [])]
+    for cell in shown:
+        if cell["cell_type"] == "code":
+            cell["metadata"]["tags"] = ["hide-input"]
+    heading = "".join(shown[0]["outputs"].pop(0)["data"]["text/markdown"])
+    if study.endswith("-again"):
+        heading += f" ({study})"
+    return [{"cell_type": "markdown", "id": "heading", "metadata": {}, "source": heading}, *shown]
 
 
 def notebook(text: str, page: str) -> str:
-    """A rendered notebook says which study it is of and has no progress bars; an analysis folds its code."""
+    """A rendered notebook says which study it is of and has no progress bars."""
     found = json.loads(text)
     for cell in found["cells"]:
         if cell["cell_type"] == "code":
             cell["outputs"] = [o for o in cell["outputs"] if WIDGET not in o.get("data", {})]
-            if page in STUDIES:
-                cell["metadata"]["tags"] = ["hide-input"]
-    if page.startswith("outputs/"):
+    if page in STUDIES:
+        found["cells"] = analysis(found["cells"], page.split("/")[1])
+    elif page.startswith("outputs/"):
         _, study, name = page.split("/")
         first = found["cells"][0]
         heading, *rest = "".join(first["source"]).split("\n")
         other = re.sub(r"^\w+?-|\.ipynb$", "", name) if "-" in name else ""
-        heading = f"# {title(study)}" if page in STUDIES else f"{heading} · {', '.join(filter(None, (study, other)))}"
+        heading = f"{heading} · {', '.join(filter(None, (study, other)))}"
         first["source"] = "\n".join([heading, *rest])
     return json.dumps(found)
 

@@ -219,16 +219,14 @@ def same_arms(study: Study, single_visits: set[str]) -> list[list[str]]:
     by_prompt = (settings["noise_level"] == "prompt") & ~settings.index.isin(again)
     settings.loc[by_prompt, "noise_level"] = "group"
 
-    groups: list[dict] = []
+    groups: list[tuple[set, list[str]]] = []  # what its arms have in common, and the arms
     for arm, values in settings.iterrows():
-        marks = {tuple(values), study.matrices[arm].to_numpy().tobytes()}
-        known = next((g for g in groups if g["marks"] & marks), None)
-        if known is None:
-            known = {"marks": set(), "arms": []}
-            groups.append(known)
-        known["marks"] |= marks
-        known["arms"].append(arm)
-    return [g["arms"] for g in groups]
+        marks, names = {tuple(values), study.matrices[arm].to_numpy().tobytes()}, [arm]
+        for group in [g for g in groups if g[0] & marks]:
+            groups.remove(group)
+            marks, names = marks | group[0], [*group[1], *names]
+        groups.append((marks, names))
+    return [names for _, names in groups]
 
 
 def mean_of_names(values: pd.DataFrame, groups: list[list[str]]) -> pd.DataFrame:
@@ -286,8 +284,9 @@ def pairs_of_equal_J(study: Study, distinct: list[str]) -> pd.DataFrame:
     for (first, a), (second, b) in combinations(arms.iterrows(), 2):
         apart = (a["kind"] != b["kind"]) + (a["noise_level"] != b["noise_level"])
         alike = a["left"] == b["left"] and a["reference"] == b["reference"]
-        if apart == 1 and alike:
-            d = stats.paired_difference(study.matrices[first], study.matrices[second])
+        one, other = study.matrices[first], study.matrices[second]
+        if apart == 1 and alike and len(one.index.intersection(other.index)):
+            d = stats.paired_difference(one, other)
             rows.append((a["left"], first, second, d.estimate, d.low, d.high, d.p))
     columns = ["J", "first", "second", "difference", "low", "high", "p"]
     table = pd.DataFrame(rows, columns=columns)

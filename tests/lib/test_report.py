@@ -105,6 +105,15 @@ def test_equal_runs_are_one_arm_and_shared_noise_is_one_if_no_prompt_comes_twice
     assert unknown == [["false positives (group)", "mask (group)"]]
 
 
+def test_an_arm_that_equals_two_groups_joins_them(tmp_path):
+    arms = {"mask (group)": {"mask_rate": 0.3, "noise_level": "group"},
+            "false positives (prompt)": {"false_positive_rate": 0.3, "noise_level": "prompt"},
+            "false positives (group)": {"false_positive_rate": 0.3, "noise_level": "group"}}
+    draws = {"mask (group)": (3, 0.5), "false positives (prompt)": (4, 0.5), "false positives (group)": (3, 0.5)}
+    study = assembled(tmp_path, arms, draws)
+    assert [sorted(names) for names in report.same_arms(study, set(study.trained["run_id"]))] == [sorted(arms)]
+
+
 def test_losses_are_those_of_runs_of_one_seed(tmp_path):
     study = assembled(tmp_path, {"clean": {}, "mask": {"mask_rate": 0.3}}, {"clean": (0, 0.9), "mask": (1, 0.3)})
     found = report.losses(study)

@@ -1,5 +1,7 @@
 """04_analysis runs on synthetic studies of every shape."""
+import json
 import re
+import runpy
 from pathlib import Path
 
 import nbformat
@@ -203,3 +205,13 @@ def test_the_page_of_an_analysis_needs_no_network(tmp_path):
     page = to_html(tmp_path / "04.ipynb").read_text()
     assert "What was found" in page and "How it is done" not in page
     assert not re.search(r"<script|<link|@import|\ssrc=.http", page)
+
+
+def test_the_site_opens_a_study_with_its_computed_title_and_answer():
+    page = "outputs/language-model-smol/04_analysis.ipynb"
+    conf = runpy.run_path(str(NOTEBOOK.parents[1] / "docs/conf.py"))
+    cells = json.loads(conf["notebook"]((NOTEBOOK.parents[1] / page).read_text(), page))["cells"]
+    assert cells[0]["source"] == "# SmolLM2-135M under reward noise"
+    answer = "".join(cells[1]["outputs"][0]["data"]["text/markdown"])
+    assert answer.startswith("**Clean training lifts accuracy from 41.4 %")
+    assert not any("about-code" in c["metadata"].get("tags", []) for c in cells)
