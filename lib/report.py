@@ -321,7 +321,8 @@ def over_runs(x: pd.Series) -> str:
     x = x.dropna()
     if len(x) < 2:
         return between(x.mean(), np.nan, np.nan)
-    return between(x.mean(), *scipy.stats.t.interval(0.95, len(x) - 1, x.mean(), x.sem()))
+    half = scipy.stats.t.ppf(0.975, len(x) - 1) * x.sem()
+    return between(x.mean(), x.mean() - half, x.mean() + half)
 
 
 def counted(n: int, noun: str) -> str:

@@ -131,6 +131,9 @@ def test_numbers_in_words():
     assert report.between(-0.0301, -0.05, 0.0001, "+") == "−3.0 (−5.0 to +0.0)"
     assert report.between(0.5, np.nan, np.nan) == "50.0" and report.between(np.nan, 0, 1) == ""
     assert report.percent(-0.0002) == "0.0"
+    assert report.over_runs(pd.Series([0.1, 0.3])) == "20.0 (−107.1 to 147.1)"  # t = 12.7
+    assert report.over_runs(pd.Series([0.2, 0.2, np.nan])) == "20.0 (20.0 to 20.0)"
+    assert report.over_runs(pd.Series([0.2])) == "20.0"
     assert [report.counted(n, "arm") for n in (1, 2, 2048)] == ["1 arm", "2 arms", "2,048 arms"]
     assert [report.listed(x) for x in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a and b", "a, b and c"]
 
