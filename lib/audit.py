@@ -62,7 +62,7 @@ def _shown(n: int, one: float, withheld: float) -> tuple[ndarray, ndarray]:
     return p[p > 0], np.stack(rewards)
 
 
-def _outcomes(k: int, G: int, channel: Channel) -> tuple[ndarray, ndarray]:
+def outcomes(k: int, G: int, channel: Channel) -> tuple[ndarray, ndarray]:
     """All that a group can show whose first k completions are right: probabilities and rewards."""
     a, b, m = channel.false_positive_rate, channel.false_negative_rate, channel.abstain_rate
     if channel.noise_level == "rollout":
@@ -70,10 +70,11 @@ def _outcomes(k: int, G: int, channel: Channel) -> tuple[ndarray, ndarray]:
         p_wrong, of_wrong = _shown(G - k, a, m)
         i, j = np.indices((len(p_right), len(p_wrong))).reshape(2, -1)  # every pair of the two
         return p_right[i] * p_wrong[j], np.hstack([of_right[i], of_wrong[j]])
-    # one draw for the group: all reversed, all made equal (to 0, say), as they are, all withheld
+    # one draw for the group: all reversed, all made equal, as they are, all withheld
     t = (np.arange(G) < k).astype(float)
+    equal = np.full(G, float(a > b))
     p = [(1 - m) * min(a, b), (1 - m) * abs(a - b), (1 - m) * (1 - max(a, b)), m]
-    return np.array(p), np.stack([1 - t, 0 * t, t, np.full(G, np.nan)])
+    return np.array(p), np.stack([1 - t, equal, t, np.full(G, np.nan)])
 
 
 @lru_cache(maxsize=256)
@@ -81,7 +82,7 @@ def _enumerated(G: int, channel: Channel, std: bool, eps: float) -> list[tuple[n
     """For k = 0..G right completions: probabilities (outcomes,) and signals (5, outcomes)."""
     found = []
     for k in range(G + 1):
-        p, rewards = _outcomes(k, G, channel)
+        p, rewards = outcomes(k, G, channel)
         t = np.broadcast_to(np.arange(G) < k, rewards.shape)
         found.append((p, _signals(t, rewards, std, eps)))
     return found

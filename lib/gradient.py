@@ -1,7 +1,7 @@
 """What reward noise does to a policy gradient: fixed rollouts, one pass, and then every channel.
 
-A group's gradient is linear in its advantages, g = sum_j A_j s_j, where s_j = grad log pi(o_j) is the
-score of completion j. Noise changes the A_j and nothing else. So the scores are computed once
+A group's gradient is linear in its advantages, g = sum_j A_j s_j, where s_j = grad log pi(o_j) is
+the score of completion j. Noise changes the A_j and nothing else. So the scores are computed once
 (`score_vectors`), and channels are then redrawn (`redraw`) or averaged exactly (`step`).
 
 Shapes: M groups of G completions, scores of D numbers. `t` holds true rewards (M, G), 0 or 1. An
@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import multinomial
 
 from lib import noise, theory
+from lib.audit import outcomes
 
 Estimator = Callable[[np.ndarray], np.ndarray]
 
 
-# --- scores: one forward and one backward pass ------------------------------------------------------
+# --- scores: one forward and one backward pass ----------------------------------------------------
 
 
 def score_vectors(model, input_ids, attention_mask, completion_mask, *, temperature: float = 1.0,
@@ -43,19 +43,22 @@ def score_vectors(model, input_ids, attention_mask, completion_mask, *, temperat
             generator = torch.Generator().manual_seed(seed)  # the same directions for every batch
             rows.append(sum(_projected(x, d, directions, generator) for x, d in recorded))
         else:
-            rows.append(torch.cat([torch.einsum("nto,nti->noi", d, x).flatten(1) for x, d in recorded], 1))
+            exact = [torch.einsum("nto,nti->noi", d, x).flatten(1) for x, d in recorded]
+            rows.append(torch.cat(exact, dim=1))
     return torch.cat(rows)
 
 
 def _trained_layers(model) -> list[torch.nn.Linear]:
-    trained = [(module, f"{place}.{name}") for place, module in model.named_modules()
-               for name, p in module.named_parameters(recurse=False) if p.requires_grad]
-    others = [name for module, name in trained
-              if not (isinstance(module, torch.nn.Linear) and name.endswith(".weight"))]
-    if others or not trained:
-        raise ValueError(f"scores are read off linear layers, and {others[:3] or 'no weight at all'} "
-                         "is trained: give a model with a LoRA adapter on its linear layers")
-    return [module for module, _ in trained]
+    layers = []
+    for place, module in model.named_modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if not weight.requires_grad:
+                continue
+            if not isinstance(module, torch.nn.Linear) or name != "weight":
+                raise ValueError(f"scores are read off linear layers, and {place}.{name} is trained "
+                                 "too: give a model with a LoRA adapter on its linear layers")
+            layers.append(module)
+    return layers
 
 
 def _record(model, layers, batch, temperature) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -87,33 +90,19 @@ def _projected(x, d, directions: int, generator) -> torch.Tensor:
     return ((d @ u) * (x @ v)).sum(1) / directions**0.5
 
 
-def log_probabilities(model, input_ids, attention_mask, completion_mask, *, temperature=1.0) -> torch.Tensor:
+def log_probabilities(model, input_ids, attention_mask, completion_mask, *, temperature=1.0):
     """log pi(o_j), the sum over the completion's tokens: (n,)."""
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
-    log_p = torch.log_softmax(logits.float() / temperature, -1)
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    log_p = torch.log_softmax(logits[:, :-1].float() / temperature, -1)
     of_tokens = log_p.gather(-1, input_ids[:, 1:, None]).squeeze(-1)
     return (of_tokens * completion_mask[:, 1:]).sum(1)
 
 
-def loss_weights(lengths, loss_type: str, max_completion_length: int) -> np.ndarray:
-    """c_j such that minus the gradient of TRL's loss is sum_j c_j A_j s_j; lengths: tokens (n,).
-
-    One optimiser step on a batch of n completions on one device. Only "grpo" weighs completions
-    differently; the others scale the whole step, so they share one direction.
-    """
-    lengths = np.asarray(lengths, float)
-    weights = {"dapo": np.full_like(lengths, 1 / lengths.sum()),
-               "bnpo": np.full_like(lengths, 1 / lengths.sum()),
-               "dr_grpo": np.full_like(lengths, 1 / (len(lengths) * max_completion_length)),
-               "grpo": 1 / (lengths * len(lengths))}
-    return weights[loss_type]
-
-
-# --- channels: redrawn ------------------------------------------------------------------------------
+# --- channels: redrawn ----------------------------------------------------------------------------
 
 
 def redraw(chan: noise.Channel, t: np.ndarray, prompts: list[str], draws: int) -> np.ndarray:
-    """Observed rewards (draws, M, G): lib.noise on the same rollouts, under noise seeds 0, 1, 2, ..."""
+    """Observed rewards (draws, M, G): lib.noise on the same rollouts, noise seeds 0, 1, 2, ..."""
     groups, G = t.shape
     step = np.zeros(t.size, int)
     ids = np.repeat(np.asarray(prompts, object), G)
@@ -127,7 +116,7 @@ def cosine(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (x * y).sum(-1) / np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
 
 
-# --- channels: averaged in closed form --------------------------------------------------------------
+# --- channels: averaged in closed form ------------------------------------------------------------
 
 
 class Groups(NamedTuple):
@@ -141,30 +130,6 @@ class Groups(NamedTuple):
     G: int
 
 
-class Step(NamedTuple):
-    """A step over n groups. Its mean square is signal + sampling + channel.
-
-    signal: squared length of the mean gradient. sampling: variance that a clean batch would have
-    too, because it holds n groups only. channel: variance that the draws of the noise add.
-    along: length of the mean's part in the direction of the reference.
-    """
-
-    signal: float
-    sampling: float
-    channel: float
-    along: float
-
-    @property
-    def cosine(self) -> float:
-        """How well one step points where the reference points: along / root mean square length."""
-        return self.along / np.sqrt(self.signal + self.sampling + self.channel)
-
-    @property
-    def signal_to_noise(self) -> float:
-        """Length of the mean gradient over the standard deviation around it."""
-        return np.sqrt(max(self.signal, 0.0) / (self.sampling + self.channel))
-
-
 def groups(scores: np.ndarray, t: np.ndarray) -> Groups:
     """Sums over the right and the wrong completions of each group; scores (M, G, D), t (M, G)."""
     energy = (scores**2).sum(-1)
@@ -173,46 +138,17 @@ def groups(scores: np.ndarray, t: np.ndarray) -> Groups:
                   t.sum(1).astype(int), t.shape[1])
 
 
-def compressed(g: Groups) -> Groups:
-    """The same groups in as many coordinates as there are vectors; all scalar products stay."""
-    both = np.concatenate([g.right, g.wrong])
-    values, vectors = np.linalg.eigh(both @ both.T)
-    kept = values > values[-1] * 1e-12
-    right, wrong = np.split(vectors[:, kept] * np.sqrt(values[kept]), 2)
-    return g._replace(right=right, wrong=wrong)
-
-
-def outcomes(chan: noise.Channel, k: int, G: int) -> tuple[np.ndarray, np.ndarray]:
-    """What a channel can make of a group whose first k completions are right: p (n,), rewards (n, G)."""
-    a, b, m = chan.false_positive_rate, chan.false_negative_rate, chan.abstain_rate
-    if chan.noise_level == "rollout":
-        p_right, of_right = _class_outcomes(k, 1 - b, m)
-        p_wrong, of_wrong = _class_outcomes(G - k, a, m)
-        i, j = np.indices((len(p_right), len(p_wrong))).reshape(2, -1)
-        return p_right[i] * p_wrong[j], np.concatenate([of_right[i], of_wrong[j]], axis=1)
-    t = (np.arange(G) < k).astype(float)
-    one_value = np.full(G, float(a > b))
-    rewards = np.stack([1 - t, one_value, t, np.full(G, np.nan)])
-    return np.array([min(a, b), abs(a - b), 1 - max(a, b), 0.0]) * (1 - m) + [0, 0, 0, m], rewards
-
-
-def _class_outcomes(n: int, one: float, withheld: float) -> tuple[np.ndarray, np.ndarray]:
-    """All counts of ones and zeros among n exchangeable rewards: p (outcomes,), rewards (outcomes, n)."""
-    ones, zeros = np.indices((n + 1, n + 1)).reshape(2, -1)
-    shares = [(1 - withheld) * one, (1 - withheld) * (1 - one), withheld]
-    p = np.zeros(len(ones))
-    possible = ones + zeros <= n
-    counts = np.stack([ones, zeros, n - ones - zeros], -1)[possible]
-    p[possible] = multinomial.pmf(counts, n, shares) if n else 1.0
-    ones, zeros, p = ones[p > 0, None], zeros[p > 0, None], p[p > 0]
-    position = np.arange(n)
-    return p, np.where(position < ones, 1.0, np.where(position < ones + zeros, 0.0, np.nan))
+def coordinates(scores: np.ndarray) -> np.ndarray:
+    """The same vectors (n, D) in at most n coordinates: all their scalar products stay."""
+    values, vectors = np.linalg.eigh(scores @ scores.T)
+    kept = values > values[-1] * 1e-6
+    return vectors[:, kept] * np.sqrt(values[kept])
 
 
 class Given(NamedTuple):
     """Moments of a group's advantages under a channel, given k right completions; each (G+1,).
 
-    Completions of one class are exchangeable, so two means and five second moments are all there is.
+    Completions of one class are exchangeable, so two means and five second moments are all.
     """
 
     right: np.ndarray        # E[A_i], i right
@@ -226,17 +162,19 @@ class Given(NamedTuple):
 
 def given_right(chan: noise.Channel, G: int, estimator: Estimator = theory.advantages) -> Given:
     """Enumerate what the channel can show of groups with 0 to G right completions."""
-    rows = []
-    for k in range(G + 1):
-        p, rewards = outcomes(chan, k, G)
-        A = estimator(rewards)
-        right, wrong = A[:, :k].sum(1), A[:, k:].sum(1)
-        right_square, wrong_square = (A[:, :k] ** 2).sum(1), (A[:, k:] ** 2).sum(1)
-        n, m = max(k, 1), max(G - k, 1)  # an empty class has sums of 0
-        rows.append([p @ right / n, p @ wrong / m, p @ right_square / n, p @ wrong_square / m,
-                     p @ (right**2 - right_square) / (n * max(k - 1, 1)),
-                     p @ (wrong**2 - wrong_square) / (m * max(G - k - 1, 1)), p @ (right * wrong) / (n * m)])
-    return Given(*np.array(rows).T)
+    return Given(*np.transpose([_moments(*outcomes(k, G, chan), k, estimator) for k in range(G + 1)]))
+
+
+def _moments(p, rewards, k: int, estimator: Estimator) -> list[float]:
+    A = estimator(rewards)
+    right, wrong = A[:, :k], A[:, k:]
+    n, m = max(k, 1), max(wrong.shape[1], 1)  # the sums over an empty class are 0
+    right_same, wrong_same = p @ (right**2).sum(1), p @ (wrong**2).sum(1)
+    right_other = p @ right.sum(1) ** 2 - right_same
+    wrong_other = p @ wrong.sum(1) ** 2 - wrong_same
+    return [p @ right.sum(1) / n, p @ wrong.sum(1) / m, right_same / n, wrong_same / m,
+            right_other / (n * max(n - 1, 1)), wrong_other / (m * max(m - 1, 1)),
+            p @ (right.sum(1) * wrong.sum(1)) / (n * m)]
 
 
 def mean_gradients(g: Groups, given: Given) -> np.ndarray:
@@ -257,27 +195,72 @@ def mean_squares(g: Groups, given: Given) -> np.ndarray:
             + 2 * given.across[g.k] * (g.right * g.wrong).sum(1))
 
 
-def step(g: Groups, given: Given, reference: np.ndarray, n: int, prompts=None, weights=None) -> Step:
-    """What the mean gradient of n such groups is made of, beside a reference such as the clean one.
+class Products(NamedTuple):
+    """Sums and scalar products of P prompts' gradients, from which any step follows."""
 
-    reference: a vector a group (M, D), usually `mean_gradients` of the clean channel. Products of
-    two means are estimated from pairs of different prompts, so that they have no bias. prompts:
-    what each group answers, if several answer one. weights: how often each prompt counts, (prompts,),
-    for a bootstrap over prompts.
+    noisy: np.ndarray      # mean noisy gradients with each other, (P, P)
+    across: np.ndarray     # mean noisy gradients with the reference, (P, P)
+    reference: np.ndarray  # the reference with itself, (P, P)
+    within: np.ndarray     # squared lengths of mean noisy gradients, summed over groups, (P,)
+    everything: np.ndarray  # mean squared lengths of noisy gradients, summed over groups, (P,)
+    sizes: np.ndarray      # groups, (P,)
+
+
+def products(g: Groups, given: Given, reference: np.ndarray, prompts=None) -> Products:
+    """Bring a channel and fixed groups together; reference: a vector a group, (M, D).
+
+    The reference usually is `mean_gradients` of the clean channel. prompts: what each group
+    answers, if several groups answer one prompt.
     """
     mean = mean_gradients(g, given)
-    prompts = np.arange(len(mean)) if prompts is None else np.unique(prompts, return_inverse=True)[1]
-    belongs = np.eye(prompts.max() + 1)[prompts]
-    weights = np.ones(belongs.shape[1]) if weights is None else np.asarray(weights, float)
-    each, sizes = weights[prompts], belongs.sum(0)
-    pairs = each.sum() ** 2 - ((weights * sizes) ** 2).sum()
+    prompts = range(len(mean)) if prompts is None else prompts
+    belongs = np.equal.outer(np.unique(prompts), prompts).astype(float)
+    noisy, reference = belongs @ mean, belongs @ reference
+    within, everything = belongs @ (mean**2).sum(1), belongs @ mean_squares(g, given)
+    return Products(noisy @ noisy.T, noisy @ reference.T, reference @ reference.T,
+                    within, everything, belongs.sum(1))
 
-    def product(x, y):
-        x, y = weights[:, None] * (belongs.T @ x), weights[:, None] * (belongs.T @ y)
-        return (x.sum(0) @ y.sum(0) - (x * y).sum()) / pairs
 
-    signal = product(mean, mean)
-    within = np.average((mean**2).sum(1), weights=each)
-    all_in = np.average(mean_squares(g, given), weights=each)
-    along = product(mean, reference) / np.sqrt(product(reference, reference))
-    return Step(signal, (within - signal) / n, (all_in - within) / n, along)
+class Step(NamedTuple):
+    """A step over n groups. Its mean square is signal + sampling + channel.
+
+    signal: squared length of the mean gradient. sampling: variance that a clean batch would have
+    too, because it holds n groups only. channel: variance that the draws of the noise add.
+    along: length of the mean's part in the direction of the reference.
+    """
+
+    signal: np.ndarray
+    sampling: np.ndarray
+    channel: np.ndarray
+    along: np.ndarray
+
+    @property
+    def cosine(self) -> np.ndarray:
+        """How well one step points along the reference: along / root mean square length."""
+        return self.along / np.sqrt(self.signal + self.sampling + self.channel)
+
+    @property
+    def signal_to_noise(self) -> np.ndarray:
+        """Length of the mean gradient over the standard deviation around it."""
+        return np.sqrt(np.maximum(self.signal, 0.0) / (self.sampling + self.channel))
+
+
+def step(p: Products, n: int, weights=None) -> Step:
+    """What the mean gradient of n groups is made of.
+
+    weights: how often each prompt counts, (P,), or (resamples, P) for a bootstrap over prompts.
+    Products of two means come from pairs of different prompts, so that they have no bias: with
+    few prompts a squared length can be negative, and what depends on it is NaN.
+    """
+    w = np.ones(len(p.sizes)) if weights is None else np.asarray(weights, float)
+    groups_in = w @ p.sizes
+    pairs = groups_in**2 - w**2 @ p.sizes**2
+
+    def of_means(matrix):
+        return (((w @ matrix) * w).sum(-1) - w**2 @ np.diag(matrix)) / pairs
+
+    signal, within = of_means(p.noisy), w @ p.within / groups_in
+    channel = w @ (p.everything - p.within) / groups_in
+    with np.errstate(invalid="ignore"):
+        along = of_means(p.across) / np.sqrt(of_means(p.reference))
+    return Step(signal, (within - signal) / n, channel / n, along)

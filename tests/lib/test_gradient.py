@@ -108,7 +108,7 @@ def test_batches_are_projected_onto_the_same_directions():
 def test_weights_outside_linear_layers_are_refused():
     model = policy()
     model.get_input_embeddings().weight.requires_grad_(True)
-    with pytest.raises(ValueError, match="embed_tokens.weight'] is trained: give a model"):
+    with pytest.raises(ValueError, match="embed_tokens.weight is trained too: give a model"):
         gradient.score_vectors(model, *rollouts())
 
 
@@ -168,7 +168,7 @@ def test_a_redrawn_clean_channel_has_cosine_one():
     assert gradient.cosine(steps, clean) == pytest.approx(np.ones(5))
     g = gradient.groups(scores, t)
     given = gradient.given_right(CLEAN, G)
-    step = gradient.step(g, given, gradient.mean_gradients(g, given), n=10**9)
+    step = gradient.step(gradient.products(g, given, gradient.mean_gradients(g, given)), n=10**9)
     assert step.channel == pytest.approx(0) and step.cosine == pytest.approx(1)
 
 
@@ -233,7 +233,7 @@ def test_a_step_is_signal_sampling_and_channel_noise():
     g, chan, n = gradient.groups(scores, t), noise.Channel(0.2, 0.3), 8
     given, clean = gradient.given_right(chan, G), gradient.given_right(CLEAN, G)
     reference = gradient.mean_gradients(g, clean)
-    step = gradient.step(g, given, reference, n)
+    step = gradient.step(gradient.products(g, given, reference), n)
     rng = np.random.default_rng(5)
     r = gradient.redraw(chan, t, [str(i) for i in range(400)], draws=200)
     drawn = np.einsum("rmg,mgd->rmd", theory.advantages(r), scores)
@@ -252,27 +252,31 @@ def test_means_of_few_groups_are_not_taken_for_signal():
         t = (rng.random((12, G)) < 0.5).astype(float)
         g = gradient.groups(rng.normal(size=(12, G, 5)), t)  # scores that have nothing to do with truth
         given = gradient.given_right(CLEAN, G)
-        found.append(gradient.step(g, given, gradient.mean_gradients(g, given), 1).signal)
+        found.append(gradient.step(gradient.products(g, given, g.right), 1).signal)
     assert abs(np.mean(found)) < 5 * np.std(found) / 300**0.5
 
 
-def test_groups_of_one_prompt_and_weights_are_as_if_written_out():
+def test_weights_and_groups_of_one_prompt_are_as_if_written_out():
     scores, t = fixed_groups(M=12)
     given = gradient.given_right(noise.Channel(0.2, 0.2), G)
 
-    def step(rows, **how):
+    def products(rows):
         g = gradient.groups(scores[rows], t[rows])
-        return gradient.step(g, given, gradient.mean_gradients(g, given), 4, **how)
+        return gradient.products(g, given, gradient.mean_gradients(g, given), np.repeat(["a", "b", "c", "d"], 3)[rows])
 
-    prompts = np.repeat(["a", "b", "c", "d"], 3)
-    rows = np.r_[0:12, 0:3]  # prompt a twice
-    written_out = step(rows, prompts=np.r_[prompts, ["a"] * 3])
-    weighted = step(np.arange(12), prompts=prompts, weights=[2, 1, 1, 1])
-    assert weighted == pytest.approx(written_out)
+    both = gradient.step(products(np.arange(12)), 4, [[1, 1, 1, 1], [1, 0, 2, 1]])
+    assert [x[0] for x in both] == pytest.approx(gradient.step(products(np.arange(12)), 4))
+    pairs_of_different_prompts = [(i, j) for i in range(12) for j in range(12) if i // 3 != j // 3]
+    mean = gradient.mean_gradients(gradient.groups(scores, t), given)
+    weight = np.repeat([1, 0, 2, 1], 3)
+    pairs = [weight[i] * weight[j] for i, j in pairs_of_different_prompts]
+    signal = np.average([mean[i] @ mean[j] for i, j in pairs_of_different_prompts], weights=pairs)
+    assert both.signal[1] == pytest.approx(signal)
 
 
-def test_compressed_groups_have_the_same_products():
-    g = gradient.groups(*fixed_groups(M=5, D=400))
-    small = gradient.compressed(g)
-    assert small.right.shape[1] <= 10
-    np.testing.assert_allclose(small.right @ small.wrong.T, g.right @ g.wrong.T, rtol=1e-8, atol=1e-8)
+def test_coordinates_keep_all_scalar_products():
+    scores = np.random.default_rng(0).normal(size=(10, 400))
+    small = gradient.coordinates(scores)
+    assert small.shape == (10, 10)
+    np.testing.assert_allclose(small @ small.T, scores @ scores.T, atol=1e-8)
+    assert gradient.coordinates(np.concatenate([scores, scores[:3]])).shape == (13, 10)
