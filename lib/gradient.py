@@ -166,7 +166,7 @@ def given_right(chan: noise.Channel, G: int, estimator: Estimator = theory.advan
 
 
 def _moments(p, rewards, k: int, estimator: Estimator) -> list[float]:
-    A = estimator(rewards)
+    p, A = p[p > 0], estimator(rewards[p > 0])
     right, wrong = A[:, :k], A[:, k:]
     n, m = max(k, 1), max(wrong.shape[1], 1)  # the sums over an empty class are 0
     right_same, wrong_same = p @ (right**2).sum(1), p @ (wrong**2).sum(1)
@@ -235,14 +235,23 @@ class Step(NamedTuple):
     along: np.ndarray
 
     @property
+    def length(self) -> np.ndarray:
+        """Length of the mean gradient; NaN if its square is estimated below 0."""
+        return _root(self.signal)
+
+    @property
     def cosine(self) -> np.ndarray:
         """How well one step points along the reference: along / root mean square length."""
-        return self.along / np.sqrt(self.signal + self.sampling + self.channel)
+        return self.along / _root(self.signal + self.sampling + self.channel)
 
     @property
     def signal_to_noise(self) -> np.ndarray:
         """Length of the mean gradient over the standard deviation around it."""
-        return np.sqrt(np.maximum(self.signal, 0.0) / (self.sampling + self.channel))
+        return self.length / _root(self.sampling + self.channel)
+
+
+def _root(square):
+    return np.sqrt(np.where(square < 0, np.nan, square))
 
 
 def step(p: Products, n: int, weights=None) -> Step:
@@ -261,6 +270,5 @@ def step(p: Products, n: int, weights=None) -> Step:
 
     signal, within = of_means(p.noisy), w @ p.within / groups_in
     channel = w @ (p.everything - p.within) / groups_in
-    with np.errstate(invalid="ignore"):
-        along = of_means(p.across) / np.sqrt(of_means(p.reference))
+    along = of_means(p.across) / _root(of_means(p.reference))
     return Step(signal, (within - signal) / n, channel / n, along)

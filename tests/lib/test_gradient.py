@@ -199,11 +199,12 @@ def test_the_closed_form_agrees_with_redraws(chan, std):
 
 def test_an_estimator_without_a_baseline_has_a_closed_form_too():
     scores, t = fixed_groups()
-    g, chan = gradient.groups(scores, t), noise.Channel(0.1, 0.3)
-    forward = lambda r: r - 0.7  # noqa: E731  (PGFC's weights on the score function, arXiv 2510.00915)
-    given = gradient.given_right(chan, G, forward)
-    expected = (1 - 0.1 - 0.3) * (t[..., None] - 1) * scores
-    np.testing.assert_allclose(gradient.mean_gradients(g, given), expected.sum(1), atol=1e-9)
+    g = gradient.groups(scores, t)
+    expected = ((1 - 0.1 - 0.3) * (t[..., None] - 1) * scores).sum(1)
+    for noise_level in ("rollout", "group"):
+        forward = lambda r: r - 0.7  # noqa: E731  (PGFC's weights on the score function, arXiv 2510.00915)
+        given = gradient.given_right(noise.Channel(0.1, 0.3, noise_level), G, forward)
+        np.testing.assert_allclose(gradient.mean_gradients(g, given), expected, atol=1e-9)
 
 
 def test_noise_shortens_the_mean_gradient_of_a_group_and_never_bends_it():
