@@ -55,8 +55,8 @@ def _trained_layers(model) -> list[torch.nn.Linear]:
             if not weight.requires_grad:
                 continue
             if not isinstance(module, torch.nn.Linear) or name != "weight":
-                raise ValueError(f"scores are read off linear layers, and {place}.{name} is trained "
-                                 "too: give a model with a LoRA adapter on its linear layers")
+                raise ValueError(f"scores are read off linear layers, and {place}.{name} is "
+                                 "trained too: give a model with LoRA on its linear layers")
             layers.append(module)
     return layers
 
@@ -162,7 +162,8 @@ class Given(NamedTuple):
 
 def given_right(chan: noise.Channel, G: int, estimator: Estimator = theory.advantages) -> Given:
     """Enumerate what the channel can show of groups with 0 to G right completions."""
-    return Given(*np.transpose([_moments(*outcomes(k, G, chan), k, estimator) for k in range(G + 1)]))
+    of_k = [_moments(*outcomes(k, G, chan), k, estimator) for k in range(G + 1)]
+    return Given(*np.transpose(of_k))
 
 
 def _moments(p, rewards, k: int, estimator: Estimator) -> list[float]:
