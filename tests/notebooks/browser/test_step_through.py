@@ -150,8 +150,7 @@ class Notebook:
 
     def set(self, **parameters):
         """Type parameters at the end of the parameters cell, as a person would."""
-        cells = nbformat.read(self.file, as_version=4).cells
-        index = next(i for i, c in enumerate(cells) if "parameters" in c.metadata.get("tags", []))
+        index = next(i for i, c in enumerate(self.cells()) if "parameters" in c.metadata.get("tags", []))
         editor = self.panel.locator(f".jp-Cell[data-windowed-list-index='{index}'] .cm-content")
         editor.click()
         self.page.keyboard.press("Control+End")
@@ -171,10 +170,18 @@ class Notebook:
 
         wait_for(finished, PATIENCE, f"{self.file.name} to finish")
         self.look()
-        saved = self.file.stat().st_mtime_ns
+        before = self.file.stat().st_mtime_ns
         self.page.keyboard.press("Control+s")
-        wait_for(lambda: self.file.stat().st_mtime_ns != saved, PATIENCE, f"{self.file.name} to be saved")
-        return [c for c in nbformat.read(self.file, as_version=4).cells if c.cell_type == "code"]
+        wait_for(lambda: self.file.stat().st_mtime_ns != before and self.cells(), PATIENCE,
+                 f"{self.file.name} to be saved")
+        return [c for c in self.cells() if c.cell_type == "code"]
+
+    def cells(self):
+        """The cells of the file, or none while it is only half written."""
+        try:
+            return nbformat.read(self.file, as_version=4).cells
+        except nbformat.reader.NotJSONError:
+            return []
 
     def prompts(self):
         """What stands before each cell of code: [ ], [*], or how many were executed before it."""
