@@ -157,6 +157,13 @@ def _arithmetic_difficulty(a: int, moves: bool, runs_on: bool) -> int:
 # --- operations: What is 47 + 38? -----------------------------------------------------------------
 
 OPERATIONS = {"Addition": "+", "Subtraction": "-", "Multiplication": "*", "Division": "/"}
+FACTORS = (  # values of a, values of b, difficulty of their product: the first row that has both
+    (range(1, 6), range(1, 6), 1),
+    (range(1, 10), range(1, 10), 2),
+    (range(1, 13), range(1, 13), 3),
+    (range(13, 50), range(2, 6), 4),
+    (range(13, 100), range(2, 10), 5),
+)
 
 
 def operations_row(kind: str, a: int, b: int) -> dict[str, str] | None:
@@ -205,12 +212,8 @@ def _sum_row(kind: str, a: int, b: int) -> dict[str, str] | None:
 
 def _product_difficulty(a: int, b: int) -> int | None:
     """Of a * b, and of dividing it by b; None if no difficulty has these factors."""
-    if a in range(13, 50) and b in range(2, 6):
-        return 4
-    if a in range(13, 100) and b in range(2, 10):
-        return 5
-    for largest_factor, difficulty in ((5, 1), (9, 2), (12, 3)):
-        if max(a, b) <= largest_factor:
+    for values_a, values_b, difficulty in FACTORS:
+        if a in values_a and b in values_b:
             return difficulty
     return None
 
