@@ -6,6 +6,8 @@ import pytest
 
 from runner import ROOT, parameters
 
+FIRST_TEN = ("channels", "controls", "group_size", "hyperparameters", "hyperparameters-smol", "language-model-smol",
+             "mitigations", "seeds-smol", "smoke-smol", "tiny")
 TABLES = sorted(ROOT.glob("outputs/*/runs.csv"))
 
 
@@ -26,8 +28,9 @@ def test_published_run_ids_derive_again(table):
 
 
 def test_all_published_runs_are_looked_at():
-    """397 rows, not counting tiny-again, which repeats the runs of tiny. Studies share 50 of them."""
+    """Ten studies have 397 rows (tiny-again repeats the runs of tiny); they share 50. Later studies come on top."""
     runs = {table.parent.name: set(published(table)) for table in TABLES}
-    assert runs.pop("tiny-again") == runs["tiny"]
-    assert sum(map(len, runs.values())) == 397
-    assert len(set().union(*runs.values())) == 347
+    first = {name: runs[name] for name in FIRST_TEN}
+    assert runs["tiny-again"] == runs["tiny"]
+    assert sum(map(len, first.values())) == 397
+    assert len(set().union(*first.values())) == 347
