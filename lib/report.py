@@ -352,8 +352,10 @@ def answer(study: Study, before: float, distinct: list[str]) -> list[str]:
 
     references = compared["reference"].unique()
     against = study.results.set_index("arm").loc[references[0]]
-    if len(references) > 1 or against["channel"] != "clean":
+    if len(references) > 1:
         return [_judged(compared, "their reference"), _largest_loss(compared, np.nan)]
+    if against["channel"] != "clean":
+        return [_judged(compared, references[0]), _largest_loss(compared, np.nan)]
     clean = against["estimate"]
     return [f"Clean training lifts accuracy from {percent(before)} % to {percent(clean)} %.",
             _tolerated(compared) or _judged(compared, references[0]),
