@@ -139,14 +139,16 @@ def unit(text: str) -> str | None:
 
 
 _SIGNS = "|".join(sorted((sign for sign in UNITS if len(sign) > 1), key=len, reverse=True))
+_TEXT_BLOCK = (r"\\(?:text|textbf|textit|textnormal|mbox|hbox|mathrm|mathbf) ?"
+               r"\{(?P<text>(?:[^{}]|\{\w\})*)\}")
+_NO_WORD = r"\\(?:begin|end) ?\{\w*\}|\\[A-Za-z]+"
+_SHORT_WORD = r"(?:yes|no|not|odd|sin|cos|tan|log|ln|max|min|gcd|nan|inf)(?![A-Za-z])"
+_BARE_WORD = rf"(?<![A-Za-z])(?:{_SHORT_WORD}|[A-Z]{{2,}}(?![a-z])|[A-Za-z]{{4,}})"  # AB, Monday
+_BARE_UNIT = rf"(?:(?<=[0-9}}])|(?<=[0-9}}] ))(?:sq|{_SIGNS})(?![A-Za-z])"  # 5cm
 _WORDS = re.compile(
-    r"(?=[\\A-Za-z ~])(?P<apart>\\[,;: ]|[ ~])?"
-    r"\\(?:text|textbf|textit|textnormal|mbox|hbox|mathrm|mathbf) ?\{(?P<text>(?:[^{}]|\{\w\})*)\}"
-    r"|\\(?:begin|end) ?\{\w*\}|\\[A-Za-z]+"  # letters that are no words
-    r"|(?P<bare>(?<![A-Za-z])(?:and|or)(?![A-Za-z])"
-    r"|(?:(?<![A-Za-z])(?:(?:yes|no|not|odd|sin|cos|tan|log|ln|max|min|gcd|nan|inf)(?![A-Za-z])"
-    rf"|[A-Z]{{2,}}(?![a-z])|[A-Za-z]{{4,}})|(?:(?<=[0-9}}])|(?<=[0-9}}] ))(?:sq|{_SIGNS})"
-    r"(?![A-Za-z]))(?:(?: ?/ ?| )[A-Za-z]{2,})*)")
+    rf"(?=[\\A-Za-z ~])(?P<apart>\\[,;: ]|[ ~])?{_TEXT_BLOCK}|{_NO_WORD}"
+    rf"|(?P<bare>(?<![A-Za-z])(?:and|or)(?![A-Za-z])"
+    rf"|(?:{_BARE_WORD}|{_BARE_UNIT})(?:(?: ?/ ?| )[A-Za-z]{{2,}})*)")
 _WORD_IN_TEXT = re.compile(r"(?:and|or)(?![A-Za-z])|[A-Za-z]{2,}(?:[ -]+(?!and |or )[A-Za-z]{2,})*")
 
 
@@ -202,8 +204,8 @@ SPELLING = _rules(
     ("commands", r"\\([A-Za-z]+)", lambda found: _COMMAND.get(found[1], found[0]),
      r"\left(\dfrac12\right)", r"(\frac12)"),
     ("pi", r"(?<![A-Za-z\\{])pi(?![A-Za-z])", r"\\pi ", "2pi", r"2\pi "),
-    ("clock", r"(?<![A-Za-z\\])([AaPp])\. ?[Mm](?:\.|(?![A-Za-z]))", r"\\text{\1m}",
-     "4:30 p.m.", r"4:30 \text{pm}"),
+    ("clock", r"\\text\{([AaPp])[Mm]\}|(?<![A-Za-z\\{])([AaPp])\. ?[Mm](?:\.|(?![A-Za-z]))",
+     lambda found: rf"\text{{{(found[1] or found[2]).lower()}m}}", "4:30 P.M.", r"4:30 \text{pm}"),
     ("and, or", r" ?(?:[,;] ?)?(?:\\text\{(?:and|or)\}|;)[ ,]*", ", ",
      r"6, 8, \text{and}10", "6, 8, 10"),
     ("full stop", r"(?<!\.)\.(?=$|\\text\{[^{}]*\}$)", "", "5.", "5"),
@@ -728,14 +730,20 @@ class Verifier:
         finally:  # after an interrupt, do not grade the rest first
             threads.shutdown(wait=False, cancel_futures=True)
 
+    def _awake(self, worker: _Worker | None) -> _Worker:
+        """Return the worker if it lives, else a new one."""
+        if worker is not None and worker.process.poll() is None:
+            return worker
+        self._alive.discard(worker)
+        worker = _Worker(self.seconds, self.memory_mb)
+        self._alive.add(worker)
+        return worker
+
     def _ask(self, pair: tuple[Tree, Tree]) -> bool | None:
         worker = self._slots.get()
         try:
             for _ in range(2):  # a dead worker's successor tries once more: it may not be the pair
-                if worker is None or worker.process.poll() is not None:
-                    self._alive.discard(worker)
-                    worker = _Worker(self.seconds, self.memory_mb)
-                    self._alive.add(worker)
+                worker = self._awake(worker)
                 try:
                     worker.connection.send(pair)
                     if worker.connection.poll(self.seconds):
