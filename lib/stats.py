@@ -5,8 +5,8 @@ All runs answer the same questions, so seeds and questions are *crossed*, and bo
 independently of each other (pigeonhole bootstrap: Owen 2007, Annals of Applied Statistics 1:386).
 
 Its plain percentile interval is biased with few seeds: n seeds show (n-1)/n of their variance,
-normal quantiles stand in for t quantiles, and the seed x question variance counts three times. So we
-split the variance into a part from seeds and a part from questions, remove those biases, and
+normal quantiles stand in for t quantiles, and the seed x question variance counts three times. So
+we split the variance into a part from seeds and a part from questions, remove those biases, and
 add the two t intervals in quadrature (Howe 1974, JASA 69:789):
 
     half-width^2 = (t_{n-1} * se_seed)^2 + (t_{Q-1} * se_question)^2
