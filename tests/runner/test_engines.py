@@ -139,7 +139,7 @@ def test_more_than_there_is_is_refused_and_not_waited_for(workspace):
                           cwd=ROOT,
                           env=os.environ | {"GRPO_NOISE_WORK": str(workspace)}, capture_output=True, text=True,
                           timeout=1800)
-    assert done.returncode == 2 and "--cpus-per-run 1000: there are " in done.stderr
+    assert done.returncode == 2 and "--cpus-per-run 1000: the largest node that is there has" in done.stderr
 
 
 @pytest.mark.parametrize("said", [
