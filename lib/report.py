@@ -307,6 +307,11 @@ def percent(x: float, sign: str = "") -> str:
     return f"{round(100 * x, 1) + 0.0:{sign}.1f}".replace("-", "−")
 
 
+def p_value(p: float) -> str:
+    """A p value with three digits; a smaller one is said to be smaller."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def between(x: float, low: float, high: float, sign: str = "") -> str:
     """Fractions in percent, as "81.7 (77.3 to 86.0)"; sign "+": in signed points. "" for NaN."""
     if np.isnan(x):
