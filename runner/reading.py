@@ -139,7 +139,9 @@ def mistakes_in_words(model: type[BaseModel], report: ValidationError) -> list[s
         elif error["type"] == "missing":
             sentences.append(f"{name} is missing")
         else:
-            sentences.append(f"{name}={error['input']!r}: {error['msg'].lower()}")
+            choices = re.findall("'([^']+)'", str(error.get("ctx", {}).get("expected", "")))
+            sentences.append(f"{name}={error['input']!r}: {error['msg'].lower()}"
+                             f"{nearest(error['input'], choices)}")
     return sentences
 
 
