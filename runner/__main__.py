@@ -57,6 +57,8 @@ environment:
                    (the project, if not set)
   RAY_AUTH_MODE, RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH
                    of a cluster that asks for a token
+  GRPO_NOISE_ROLLOUT_KEY
+                   of the server at --rollout-url
   HF_ENDPOINT, HF_TOKEN
                    hub of models, on every node that loads one
 """
@@ -95,8 +97,14 @@ def command_line() -> argparse.ArgumentParser:
     where.add_argument("--cpus-per-run", type=float, default=1, metavar="N", action=Once,
                        help="CPU cores of a run (1)")
     where.add_argument("--gpus-per-run", type=float, metavar="N", action=Once,
-                       help="0.25 lets four runs share a GPU; by default a run has one where "
-                            "there is one, and the tiny policy has none")
+                       help="0.25 lets four runs share a GPU, and is the default of runs that "
+                            "share a rollout server; else a run has one where there is one, and "
+                            "the tiny policy has none")
+    where.add_argument("--engines", type=int, metavar="K", action=Once,
+                       help="K GPUs of this machine serve rollouts and the others train; by "
+                            "default each does both")
+    where.add_argument("--rollout-url", metavar="URL", action=Once,
+                       help="a vLLM server that is there; its key is in GRPO_NOISE_ROLLOUT_KEY")
     return parser
 
 
@@ -123,6 +131,8 @@ class Command:
 
     def __init__(self, args: argparse.Namespace, console: Console):
         self.args, self.console = args, console
+        if args.rollout_url:
+            os.environ[engines.ROLLOUT_URL] = args.rollout_url
         self.study, self.grid = studies.load_study(args.study, args.profile)
         self.folder = studies.folder_of(args.study, args.profile)
         self.again = f"python -m runner {args.study} --profile {args.profile}"
@@ -191,7 +201,7 @@ class Command:
     def execute_runs(self) -> dict[str, str]:
         """Execute the runs that are not done; returns {run_id: message} of failures."""
         return sweep.run_grid(self.grid, self.console, self.args.address, self.args.cpus_per_run,
-                              self.gpus())
+                              self.gpus(), self.args.engines)
 
     def show_results(self):
         """Bring tables and analysis up to date, and print the results."""

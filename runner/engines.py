@@ -1,8 +1,8 @@
-"""Rollout engines on a GPU: whether one can run here, its options in TRL, and vLLM for evaluation.
+"""Rollout engines: whether one can run here, and its options in TRL.
 
-`transformers` needs nothing of this. `vllm` is TRL's colocated vLLM, `unsloth` is unsloth's model
-with its own vLLM: both hold the run's whole GPU. Nothing here imports torch or vLLM before it is
-needed.
+`transformers` needs nothing of this. `server` is a vLLM server that many runs share
+(`runner.server`). `vllm` is TRL's colocated vLLM, `unsloth` is unsloth's model with its own vLLM:
+both hold the run's whole GPU. Nothing here imports torch or vLLM before it is needed.
 """
 
 import os
@@ -13,10 +13,16 @@ from importlib.util import find_spec
 
 from runner import WORK
 
-PACKAGES = {"vllm": ("vllm",), "unsloth": ("vllm", "unsloth")}
+PACKAGES = {"server": ("vllm",), "vllm": ("vllm",), "unsloth": ("vllm", "unsloth")}
+SHARING = ("transformers", "server")  # engines that leave room for other runs on the GPU
+ROLLOUT_URL = "GRPO_NOISE_ROLLOUT_URL"  # environment: the address of a server that is there
+ROLLOUT_KEY = "GRPO_NOISE_ROLLOUT_KEY"  # environment: its key
+SERVER_MODULE = "GRPO_NOISE_SERVER_MODULE"  # environment: a Python module to start instead of vLLM
 RANKS = (8, 16, 32, 64, 128, 256, 512)  # of adapters, as vLLM allocates them
+BASE = "base"  # the name under which a rollout server knows the base policy
+SERVER_MEMORY = 0.2  # the part of a GPU for a server; the runs that train there have the rest
 ROLLOUT_MEMORY = 0.3  # the largest part of the GPU for a colocated engine; the trainer has the rest
-EVALUATION_MEMORY = 0.85  # the part of the GPU for an engine that has it alone
+FREE_MEMORY = 0.85  # the part of the GPU that must be free for an engine that has it alone
 WORKING_MEMORY = 4 * 2**30  # bytes that vLLM needs beside weights, keys and values
 OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
                  "No available memory for the cache", "To serve at least one request",
@@ -69,19 +75,31 @@ def served_rank(rank: int) -> int:
 
 def check_share(engine: str, part: float):
     """ValueError if a run with this engine cannot work with `part` of a GPU."""
-    if engine != "transformers" and part < 1:
+    if engine not in SHARING and part < 1:
         raise ValueError(f"engine={engine!r} needs a GPU to itself, not --gpus-per-run {part:g}: "
-                         "give 1, or choose engine='transformers', of which several runs may "
-                         "share a GPU")
+                         "give 1, or choose engine='server', with which several runs share a GPU")
 
 
-def check_engine(engine: str, part: float | None = None, training: bool = True):
+def server_module() -> str:
+    """The Python module that a rollout server is started from."""
+    return os.environ.get(SERVER_MODULE) or "vllm.entrypoints.openai.api_server"
+
+
+def has_server() -> bool:
+    """Whether engine `server` needs no vLLM on a GPU here.
+
+    So it is if a server is there already, and with the community's build of vLLM for CPUs.
+    """
+    given = os.environ.get(ROLLOUT_URL) or os.environ.get(SERVER_MODULE)
+    return bool(given) or vllm_on_cpu()
+
+
+def check_engine(engine: str, part: float | None = None):
     """ValueError, within a second, if `engine` cannot work on this machine.
 
-    part: of a GPU; `gpu_share()` if not given. Evaluation also works with the community's build of
-    vLLM for CPUs; training does not.
+    part: of a GPU; `gpu_share()` if not given.
     """
-    if engine == "transformers" or (not training and vllm_on_cpu()):
+    if engine == "transformers" or (engine == "server" and has_server()):
         return
 
     check_share(engine, gpu_share() if part is None else part)
@@ -100,7 +118,7 @@ def check_engine(engine: str, part: float | None = None, training: bool = True):
         raise ValueError(f"engine={engine!r} computes in bf16, which this GPU lacks (compute "
                          f"capability {capability:g}, and 8.0 is needed): use an A100, H100 or "
                          "newer, or engine='transformers'")
-    if free < EVALUATION_MEMORY * total:
+    if engine not in SHARING and free < FREE_MEMORY * total:
         raise ValueError(f"engine={engine!r} needs a GPU to itself, and of {total / 1024:.0f} GiB "
                          f"only {free / 1024:.1f} GiB are free: stop what else runs there")
 
@@ -121,7 +139,9 @@ def prepare_environment(engine: str):
     gpus = gpu_query("uuid")
     if len(gpus) > 1:  # else transformers would spread every batch over all of them
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[0][0]
-    if engine == "transformers":
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # a notice that rollout_func may change
+    if engine in SHARING:  # batches differ in length: without this, gaps between them stay unused
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         return
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -167,8 +187,8 @@ def rollout_bytes(model, params) -> int:
 
 
 def grpo_options(params, model) -> dict:
-    """GRPOConfig's options for the run's engine; {} for rollouts with transformers."""
-    if params.engine == "transformers":
+    """GRPOConfig's options for the run's engine; {} if it is not one of TRL's own."""
+    if params.engine in SHARING:
         return {}
     total = int(gpu_query("memory.total")[0][0]) * 2**20
     needed = round(rollout_bytes(model, params) / total, 4)
@@ -195,66 +215,3 @@ def shut_down(llm):
     llm.llm_engine.engine_core.shutdown()
     gc.collect()
     torch.cuda.empty_cache()
-
-
-# --- one engine for all adapters of a study -------------------------------------------------------
-
-
-def vllm_engine(source: str, params, adapters: int, **options):
-    """A vLLM engine for the policy in `source` (folder or hub id) and `adapters` LoRA adapters."""
-    prepare_environment("vllm")
-    from vllm import LLM
-
-    if vllm_on_cpu():  # fp32 as everywhere on a CPU; nothing is compiled
-        defaults = {"dtype": "float32", "enforce_eager": True, "gpu_memory_utilization": 0.2}
-    else:  # five batch sizes have a CUDA graph: vLLM's own hundred take half a minute
-        defaults = {"dtype": "bfloat16", "gpu_memory_utilization": EVALUATION_MEMORY,
-                    "compilation_config": {"cudagraph_capture_sizes": [1, 8, 32, 128, 512]}}
-    length = params.max_prompt_length + params.max_completion_length
-    return LLM(model=source, enable_lora=True, max_lora_rank=served_rank(params.lora_rank),
-               max_loras=1, max_cpu_loras=adapters, max_num_seqs=512, seed=0, max_model_len=length,
-               **(defaults | options))
-
-
-def _lora_request(adapter):
-    """vLLM's name for an adapter: (number > 0, folder); None for the base policy."""
-    from vllm.lora.request import LoRARequest
-
-    if adapter is None:
-        return None
-    number, folder = adapter
-    return LoRARequest(str(number), number, str(folder))
-
-
-def vllm_sample(llm, prompts: list[str], max_new_tokens: int, k: int = 1, temperature: float = 1.0,
-                seed: int = 0, stop_token_ids=(), adapter=None) -> list[list[str]]:
-    """k completions for each prompt, as `policies.sample`.
-
-    adapter: (number > 0, folder), or None for the base policy. Completion i of question j draws
-    from its own generator, started at seed + j k + i: the same random numbers for every adapter,
-    whatever else the engine does at the same time.
-    """
-    from vllm import SamplingParams
-
-    how = [SamplingParams(n=k, temperature=temperature, seed=seed + j * k,
-                          max_tokens=max_new_tokens, detokenize=False,
-                          stop_token_ids=list(stop_token_ids))
-           for j in range(len(prompts))]
-    answers = llm.generate(prompts, how, lora_request=_lora_request(adapter), use_tqdm=False)
-    tokenizer = llm.get_tokenizer()
-    texts = []
-    for answer in answers:
-        completions = sorted(answer.outputs, key=lambda completion: completion.index)
-        ids = [completion.token_ids for completion in completions]
-        texts.append(tokenizer.batch_decode(ids, skip_special_tokens=True))
-    return texts
-
-
-def vllm_logprobs(llm, prompt: str, adapter=None) -> list[float]:
-    """Log-probabilities of a prompt's tokens, without the first: they show an adapter's effect."""
-    from vllm import SamplingParams
-
-    how = SamplingParams(max_tokens=1, prompt_logprobs=0)
-    answer = llm.generate([prompt], how, lora_request=_lora_request(adapter), use_tqdm=False)[0]
-    positions = zip(answer.prompt_token_ids[1:], answer.prompt_logprobs[1:], strict=True)
-    return [logprobs[token].logprob for token, logprobs in positions]

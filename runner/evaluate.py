@@ -7,6 +7,8 @@ the folder of its weights, or None for the base policy.
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -21,6 +23,8 @@ from transformers.utils import logging as transformers_logging
 
 from lib import report
 from runner import engines, parameters, policies, rewardlog, runs
+from runner.engines import BASE
+from runner.rollouts import AT_ONCE, request_seed
 
 ALIKE = ("model", "prompt_template", "data_dir", "max_prompt_length", "max_completion_length")
 LABELS = ["sample_id", "level", "type", "decoding", "method"]
@@ -50,46 +54,79 @@ class Transformers:
         """Nothing to end."""
 
 
-class VLLM:
-    """One vLLM engine, which is sent the folder of an adapter with each request."""
+class Served:
+    """vLLM servers, which are given each adapter in turn; each answers a part of the questions."""
 
-    def __init__(self, of: list[parameters.Params], stop_token_ids, seed: int):
-        largest = max(of, key=lambda params: params.lora_rank)
+    def __init__(self, of: list[parameters.Params], tokenizer, stop_token_ids, seed: int):
+        from runner import server
+
         torch.cuda.empty_cache()
-        self.llm = engines.vllm_engine(policies.policy_source(largest), largest, len(of))
-        self.length, self.stop, self.seed = largest.max_completion_length, stop_token_ids, seed
-        self.known = {None: None}
+        log = server.log_folder(of[0]) / "evaluation"
+        self.stack = ExitStack()
+        self.clients = self.stack.enter_context(server.clients(of, log, completions=AT_ONCE))
+        self.tokenizer, self.seed = tokenizer, seed
+        self.length = max(params.max_completion_length for params in of)
+        self.stop = list(stop_token_ids)
+        self.loaded: Path | None = None
 
-    def _request(self, adapter):
-        return self.known.setdefault(adapter, (len(self.known), adapter))
+    def _use(self, adapter: Path | None) -> str:
+        """Have all servers know this adapter; returns its name."""
+        if self.loaded and adapter and adapter != self.loaded:
+            for client in self.clients:
+                client.unload(_served_name(self.loaded))
+            self.loaded = None
+        if adapter and not self.loaded:
+            for client in self.clients:
+                client.load(_served_name(adapter), adapter)
+            self.loaded = adapter
+        return _served_name(adapter)
 
     def ask(self, adapter, prompts, k, temperature):
-        return engines.vllm_sample(self.llm, prompts, self.length, k, temperature, self.seed,
-                                   self.stop, self._request(adapter))
+        name = self._use(adapter)
+        ids = self.tokenizer(list(prompts))["input_ids"]
+
+        def answer(j: int) -> list[str]:
+            client = self.clients[j % len(self.clients)]
+            found = client.complete(
+                name, ids[j], n=k, temperature=temperature, max_tokens=self.length,
+                seed=request_seed(self.seed, j), stop_token_ids=self.stop)
+            return self.tokenizer.batch_decode([completion.ids for completion in found],
+                                               skip_special_tokens=True)
+
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            return list(threads.map(answer, range(len(ids))))
 
     def numbers(self, adapter, prompt):
-        return engines.vllm_logprobs(self.llm, prompt, self._request(adapter))
+        name = self._use(adapter)
+        return self.clients[0].score(name, self.tokenizer(prompt)["input_ids"])
 
     def close(self):
-        engines.shut_down(self.llm)
+        self.stack.close()
+
+
+def _served_name(adapter: Path | None) -> str:
+    """The name under which a server knows an adapter, or the base policy."""
+    if adapter is None:
+        return BASE
+    return f"evaluation-of-{adapter.parent.name}"
 
 
 def start(engine: str, policy, tokenizer, of: list[parameters.Params], seed: int):
-    """An engine for the runs `of`. vLLM loads the base policy itself, so ours leaves the GPU."""
+    """An engine for the runs `of`. A server loads the base policy itself: ours leaves the GPU."""
     if engine == "transformers":
         return Transformers(policy, tokenizer, of[0], seed)
     stop_token_ids = policy.generation_config.eos_token_id
     policy.to("cpu")
-    return VLLM(of, stop_token_ids, seed)
+    return Served(of, tokenizer, stop_token_ids, seed)
 
 
 def engine_for(grid: list[parameters.Params], engine: str | None) -> str:
     """Which engine writes the answers, after checking that one evaluation can serve all runs."""
     if engine is None:
-        engine = "transformers" if grid[0].engine == "transformers" else "vllm"
-    if engine not in ("transformers", "vllm"):
-        raise ValueError(f"engine={engine!r}: choose transformers or vllm")
-    engines.check_engine(engine, training=False)
+        engine = "transformers" if grid[0].engine == "transformers" else "server"
+    if engine not in ("transformers", "server"):
+        raise ValueError(f"engine={engine!r}: choose transformers or server")
+    engines.check_engine(engine)
     if len({tuple(getattr(params, name) for name in ALIKE) for params in grid}) > 1:
         raise ValueError(f"one evaluation has one {', '.join(ALIKE)}: make a study of each")
     return engine
@@ -155,18 +192,20 @@ def tables_of(of: list[parameters.Params], kept: dict[str, Path], start: Callabl
         yield from ((name, pd.read_parquet(path)) for name, path in kept.items())
         return
     engine = start()
-    of_base = engine.numbers(None, prompt)
-    adapters = [None, *(params.folder / "adapter" for params in of)]
-    for n, ((name, path), adapter) in enumerate(zip(kept.items(), adapters, strict=True)):
-        if is_whole(path):
-            table = pd.read_parquet(path)
-        else:
-            if adapter is not None:
-                check_adapter(of[n - 1], engine, prompt, of_base)
-            table = keep(path, grade(partial(engine.ask, adapter)))
-        progress(n)
-        yield name, table
-    engine.close()
+    try:
+        of_base = engine.numbers(None, prompt)
+        adapters = [None, *(params.folder / "adapter" for params in of)]
+        for n, ((name, path), adapter) in enumerate(zip(kept.items(), adapters, strict=True)):
+            if is_whole(path):
+                table = pd.read_parquet(path)
+            else:
+                if adapter is not None:
+                    check_adapter(of[n - 1], engine, prompt, of_base)
+                table = keep(path, grade(partial(engine.ask, adapter)))
+            progress(n)
+            yield name, table
+    finally:
+        engine.close()
 
 
 # --- tables of the study ---

@@ -43,7 +43,7 @@ class Params(NoiseParams):
     base_seed: int = Field(0, ge=0)
     data_dir: str
     prompt_template: Literal["none", "chat", "qwen-math", "r1-zero"] = "none"
-    engine: Literal["transformers", "vllm", "unsloth"] = "transformers"
+    engine: Literal["transformers", "server", "vllm", "unsloth"] = "transformers"
     max_prompt_length: int = Field(512, gt=0)
     max_completion_length: int = Field(512, gt=0)
     # the noise, beside the rates of NoiseParams

@@ -3,8 +3,11 @@
 import json
 import os
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
+
+import httpx
 
 from runner import WORK, dataset, engines, runs, task
 from runner.files import read, read_json
@@ -13,9 +16,14 @@ from runner.studies import Study
 
 
 def gpus_of_a_run(grid: list[Params], address: str | None) -> float:
-    """GPUs of a run if nobody says: one if its engine needs it, or if there is one to gain from."""
-    if any(p.engine != "transformers" for p in grid):
+    """GPUs of a run if nobody says: one if its engine needs it, or if there is one to gain from.
+
+    Four runs share a GPU with their rollout server.
+    """
+    if any(p.engine not in engines.SHARING for p in grid):
         return 1.0
+    if any(p.engine == "server" for p in grid):
+        return 0.25 if address or engines.gpu_query("name") else 0.0
     if address or all(p.model == "tiny" for p in grid):
         return 0.0
     return float(bool(engines.gpu_query("name")))
@@ -26,10 +34,61 @@ def check_resources(grid: list[Params], address: str | None, gpus_per_run: float
 
     The nodes of a cluster are not this machine: there each run looks by itself.
     """
-    for engine in sorted({p.engine for p in grid}):
+    used = sorted({p.engine for p in grid})
+    if "server" in used and engines.ROLLOUT_URL in os.environ:
+        check_rollout_url(os.environ[engines.ROLLOUT_URL])
+    for engine in used:
         engines.check_share(engine, gpus_per_run)
         if not address:
             engines.check_engine(engine, gpus_per_run)
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """Which GPUs of this machine serve and train; None where that is not ours to say."""
+
+    serving: list[str] | None = None
+    training: list[str] | None = None
+    server_memory: float = engines.SERVER_MEMORY  # the part of a GPU that a server takes
+
+
+def need_servers(grid: list[Params]) -> bool:
+    """Whether runs of a grid ask a rollout server that the sweep has to start."""
+    given = os.environ.get(engines.ROLLOUT_URL)
+    return not given and any(p.engine == "server" for p in grid)
+
+
+def split_gpus(grid: list[Params], address: str | None, servers: int | None) -> Gpus:
+    """Which GPUs serve and which train, if `servers` of this machine's are to have a server.
+
+    None is all: then each GPU serves and trains. Fewer serve only, and the others train only.
+    """
+    if not need_servers(grid):
+        if servers is not None:
+            raise ValueError("--engines is for runs with engine=server whose servers this command "
+                             "starts: leave it out")
+        return Gpus()
+    if address:
+        if servers is not None:
+            raise ValueError("--engines goes with this machine, not with --address: on a cluster "
+                             "each GPU serves and trains")
+        return Gpus()
+    gpus = [index for [index] in engines.gpu_query("index")]
+    if not gpus:
+        return Gpus()
+    if servers is None or servers == len(gpus):
+        return Gpus(gpus, gpus)
+    if not 0 < servers < len(gpus):
+        raise ValueError(f"--engines {servers}: this machine has {len(gpus)} GPUs")
+    return Gpus(gpus[:servers], gpus[servers:], engines.FREE_MEMORY)
+
+
+def check_rollout_url(url: str):
+    """ConnectionError if no server answers there. A run would wait for it for minutes."""
+    try:
+        httpx.get(f"{url}/health", timeout=10).raise_for_status()
+    except (httpx.HTTPError, httpx.InvalidURL) as e:
+        raise ConnectionError(f"--rollout-url {url}: no rollout server answers ({e})") from None
 
 
 def by_inputs(grid: list[Params]) -> list[list[Params]]:

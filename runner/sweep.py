@@ -5,6 +5,7 @@ leaves its executed notebook and does not stop the others.
 """
 
 import json
+import math
 import os
 import signal
 import socket
@@ -19,7 +20,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from runner import ROOT, WORK, dataset, parameters, plan, provenance, runs, task
+from runner import ROOT, WORK, dataset, engines, parameters, plan, provenance, runs, task
 from runner.parameters import Params
 
 TRIES = 2  # of a run that was killed, crashed, or lost its node
@@ -47,9 +48,14 @@ class Job:
 
 
 @contextmanager
-def connected(address: str | None):
-    """Ray: a cluster that is there, or one of this machine's own that ends with the sweep."""
+def connected(address: str | None, gpus: list[str] | None = None):
+    """Ray: a cluster that is there, or one of this machine's own that ends with the sweep.
+
+    gpus: of this machine, those on which runs may train; None for all.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     import ray
 
     if address:
@@ -78,6 +84,9 @@ def environment_of_nodes() -> dict:
     """What Ray brings to the nodes: the project's code as it is now, and where the workspace is."""
     code = ["/*", "!/lib", "!/runner", "!/notebooks", "!/params", "__pycache__"]
     variables = {"GRPO_NOISE_WORK": str(WORK), "GRPO_NOISE_COMMIT": json.dumps(provenance.commit())}
+    for name in (engines.ROLLOUT_URL, engines.ROLLOUT_KEY):
+        if name in os.environ:
+            variables[name] = os.environ[name]
     return {"working_dir": str(ROOT), "excludes": code, "env_vars": variables}
 
 
@@ -140,12 +149,15 @@ def stop_signals():
 
 
 def run_grid(grid: list[Params], console: Console, address: str | None = None,
-             cpus_per_run: float = 1, gpus_per_run: float = 0) -> dict[str, str]:
+             cpus_per_run: float = 1, gpus_per_run: float = 0,
+             servers: int | None = None) -> dict[str, str]:
     """Execute all jobs of a study that are not done; returns {run_id: message} of failures.
 
+    servers: how many GPUs of this machine have a rollout server; None is all.
     KeyboardInterrupt after Ctrl-C or SIGTERM, when the running runs have been stopped.
     """
     plan.check_resources(grid, address, gpus_per_run)
+    gpus = plan.split_gpus(grid, address, servers)
     plan.check_all_inputs(grid)
     jobs = jobs_of(grid, console)
     if all(job.status == "done" for job in jobs):
@@ -156,11 +168,37 @@ def run_grid(grid: list[Params], console: Console, address: str | None = None,
     store.mkdir(parents=True, exist_ok=True)
     # Ray takes SIGTERM for itself when it starts, so the signals are ours after that. A node that
     # sees the marker shares the file system.
-    with (connected(address) as ray, stop_signals() as stop,
+    with (connected(address, gpus.training) as ray, stop_signals() as stop,
           NamedTemporaryFile(dir=store, prefix=".sweep-") as marker):
         refuse_too_large(living_nodes(ray), needs)
-        Sweep(ray, jobs, needs, marker.name, console).work(stop)
+        with rollout_servers(ray, jobs, needs, gpus, console) as servers_of_nodes:
+            Sweep(ray, jobs, needs, marker.name, console, servers_of_nodes).work(stop)
     return {job.name: job.message for job in jobs if job.status == "failed"}
+
+
+@contextmanager
+def rollout_servers(ray, jobs: list[Job], needs: dict[str, float], gpus: plan.Gpus,
+                    console: Console):
+    """The rollout servers of a sweep, for the time of the block; None if its runs need none."""
+    waiting = [job.params for job in jobs if job.status == "waiting"]
+    if not plan.need_servers(waiting):
+        yield None
+        return
+    from runner import server  # torch, which takes seconds
+
+    nodes = living_nodes(ray)
+    servers = len(gpus.serving or []) or sum(node.get("GPU", 0) for node in nodes) or len(nodes)
+    at_once = math.ceil(min(room(nodes, needs), len(waiting)) / servers)
+    began = time.monotonic()
+    console.print("Starting the rollout servers: one to three minutes")
+    started = server.SweepServers(ray, waiting, at_once, gpus.server_memory, gpus.serving)
+    try:
+        started.start_on_new_nodes()
+        count = sum(map(len, started.addresses.values()))
+        console.print(f"Rollout servers: {count}, started in {time.monotonic() - began:.0f} s")
+        yield started
+    finally:
+        started.stop()
 
 
 def jobs_of(grid: list[Params], console: Console) -> list[Job]:
@@ -181,9 +219,9 @@ class Sweep:
     """The jobs of a study on their way from waiting to done or failed."""
 
     def __init__(self, ray, jobs: list[Job], needs: dict[str, float], marker: str,
-                 console: Console):
+                 console: Console, servers=None):
         self.ray, self.jobs, self.needs = ray, jobs, needs
-        self.marker, self.console = marker, console
+        self.marker, self.console, self.servers = marker, console, servers
         self.task = ray.remote(num_cpus=needs["CPU"], num_gpus=needs["GPU"], max_retries=0)(
             task.execute)
         self.running: dict = {}  # Ray's reference -> job
@@ -223,11 +261,14 @@ class Sweep:
         """Submit as many runs as there is room for; nodes may have come or gone."""
         self.slots = room(living_nodes(self.ray), self.needs)
         free = max(0, self.slots - len(self.running))
+        if self.servers:
+            self.servers.start_on_new_nodes()
         for job in self.those("waiting")[:free]:
             job.status, job.began = "running", time.monotonic()
             job.tries += 1
             reference = self.task.remote(
-                job.params.model_dump(), self.needs["GPU"], self.marker)
+                job.params.model_dump(), self.needs["GPU"], self.marker,
+                self.servers and self.servers.addresses)
             self.running[reference] = job
 
     def settle_finished(self):

@@ -18,12 +18,14 @@ NO_RETRY = ("ValueError", "FileNotFoundError")  # the same parameters would fail
 DISK_FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
 
 
-def execute(params: dict, gpu_share: float = 0, marker: str | None = None) -> dict:
+def execute(params: dict, gpu_share: float = 0, marker: str | None = None,
+            servers: dict[str, list[dict]] | None = None) -> dict:
     """Execute one run; returns its "status", and what there is to say about it.
 
     done, failed (with "message", and whether to "retry"), elsewhere (another process has the run)
     or refused (with "message": the sweep cannot use this node).
     marker: a file in the sweep's workspace. A node that does not see it shares no file system.
+    servers: the sweep's rollout servers, by the id of their node.
     """
     if marker and not is_seen(Path(marker)):
         return {"status": "refused", "message": (
@@ -37,7 +39,9 @@ def execute(params: dict, gpu_share: float = 0, marker: str | None = None) -> di
         status = runs.status(folder)
         if not is_ours or status == "running":  # running without a task: in somebody's notebook
             return {"status": "elsewhere"}
-        failure = None if status == "done" else train(params, folder, gpu_share)
+        if status != "done":
+            prepare_environment(folder.name, gpu_share, servers)
+        failure = None if status == "done" else train(params, folder)
     return failure or {"status": "done"}
 
 
@@ -66,12 +70,34 @@ def is_taken(folder: Path) -> bool:
         return not is_free
 
 
-def train(params: dict, folder: Path, gpu_share: float) -> dict | None:
-    """Execute 02_train into `folder`; returns what `execute` does if that failed."""
+def prepare_environment(run_id: str, gpu_share: float, servers: dict[str, list[dict]] | None):
+    """Set what the run's kernel reads: its part of a GPU, and the rollout server that it asks."""
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
+    if servers:
+        server = server_for(run_id, servers)
+        os.environ[engines.ROLLOUT_URL] = server["url"]
+        os.environ[engines.ROLLOUT_KEY] = server["key"]
+        if server["gpu"] in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","):
+            gpu_share *= 1 - engines.SERVER_MEMORY  # the rest is the server's
     os.environ["GRPO_NOISE_GPU_SHARE"] = str(gpu_share or 1)
     if not gpu_share:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a run without a part of a GPU leaves it alone
+
+
+def server_for(run_id: str, servers: dict[str, list[dict]]) -> dict:
+    """The server on the run's own GPU, else one of its node that the run's name decides."""
+    import ray
+
+    here = servers[ray.get_runtime_context().get_node_id()]
+    own_gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
+    for server in here:
+        if server["gpu"] and server["gpu"] == own_gpu:
+            return server
+    return here[sum(run_id.encode()) % len(here)]
+
+
+def train(params: dict, folder: Path) -> dict | None:
+    """Execute 02_train into `folder`; returns what `execute` does if that failed."""
     import papermill
 
     try:

@@ -59,9 +59,10 @@ def test_a_machine_that_can_is_left_alone(machine, monkeypatch):
     assert engines.gpu_query("name") == []
 
 
-def test_a_part_of_a_gpu_is_for_transformers_only(machine, monkeypatch):
+def test_a_part_of_a_gpu_is_for_engines_that_share(machine, monkeypatch):
     machine()
     engines.check_engine("transformers", 0.25)
+    engines.check_engine("server", 0.25)
     monkeypatch.setenv("GRPO_NOISE_GPU_SHARE", "0.25")
     for engine in ("vllm", "unsloth"):
         with pytest.raises(ValueError, match="needs a GPU to itself, not --gpus-per-run 0.25: give 1, or choose"):
@@ -100,7 +101,7 @@ def test_the_options_are_ones_that_the_trainer_knows(machine):
 
 def test_the_engine_gets_what_it_needs_and_never_more_than_its_part(machine, monkeypatch):
     machine(says="81559")
-    params, model = parameters.resolve("qwen2.5-math-1.5b"), policies.tiny_model(0)
+    params, model = parameters.resolve("qwen2.5-math-1.5b", engine="vllm"), policies.tiny_model(0)
     keys_and_values = 32 * 1536 * 2 * 2 * 4 * 24 * 2  # sequences, tokens, key and value, layers, heads, size, bytes
     needed = 2 * model.num_parameters() + keys_and_values + engines.WORKING_MEMORY
     assert engines.rollout_bytes(model, params) == needed

@@ -178,6 +178,6 @@ def test_runs_that_differ_in_their_prompts_are_not_evaluated_together():
     runs = [parameters.resolve("tiny"), parameters.resolve("tiny", max_completion_length=9)]
     with pytest.raises(ValueError, match="one evaluation has one model, .*: make a study of each"):
         evaluate.engine_for(runs, None)
-    with pytest.raises(ValueError, match="engine='unsloth': choose transformers or vllm"):
+    with pytest.raises(ValueError, match="engine='unsloth': choose transformers or server"):
         evaluate.engine_for(runs[:1], "unsloth")
     assert evaluate.engine_for(runs[:1], None) == "transformers"

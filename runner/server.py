@@ -1,0 +1,262 @@
+"""vLLM servers with runtime LoRA: one on each GPU serves all runs of a study that train there.
+
+A server listens on 127.0.0.1 at a free port, and asks for a key of its own. One that dies is
+started again. `runner.rollouts` is the side of the runs.
+"""
+
+import ctypes
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+
+from runner import engines
+from runner.parameters import Params
+
+if TYPE_CHECKING:  # it imports torch, which takes seconds and which a server does not need
+    from runner.rollouts import Client
+
+START_LIMIT = 900  # seconds until a server must answer for the first time
+ALONE_MEMORY = 0.85  # the part of a GPU that a server takes which has it to itself
+GRAPH_SIZES = [1, 8, 32, 64, 128, 256, 512]  # batch sizes with a CUDA graph: a hundred take longer
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What a server must be able to do: its model, and the largest run that it serves."""
+
+    source: str  # folder or hub id of the base policy
+    length: int  # tokens of the longest prompt and completion
+    rank: int  # of the largest adapter
+    adapters: int  # that are used at the same time
+    completions: int  # that are written at the same time
+
+    @classmethod
+    def of(cls, grid: list[Params], at_once: int, completions: int | None = None) -> "Serving":
+        """What the runs of a grid need, `at_once` of which train at the same time.
+
+        completions: written at the same time; by default one batch of each of those runs.
+        ValueError if the runs have more than one base policy: a server has one.
+        """
+        from runner import policies  # torch
+
+        sources = sorted({policies.policy_source(params) for params in grid})
+        if len(sources) > 1:
+            raise ValueError(f"a rollout server has one base policy, and these runs have "
+                             f"{len(sources)} ({', '.join(sources)}): make a study of each")
+        batch = max(p.prompts_per_step * p.num_generations for p in grid)
+        return cls(source=sources[0], adapters=at_once,
+                   completions=completions or min(1024, at_once * batch),
+                   length=max(p.max_prompt_length + p.max_completion_length for p in grid),
+                   rank=max(engines.served_rank(p.lora_rank) for p in grid))
+
+
+class Server:
+    """A vLLM server on this machine. It is started again when it dies, until `stop` is called."""
+
+    def __init__(self, serving: Serving, log: Path, memory: float = ALONE_MEMORY,
+                 gpu: str | None = None):
+        """Start it; `wait` returns when it answers.
+
+        memory: the part of the GPU's memory. gpu: as in CUDA_VISIBLE_DEVICES; None is "as here".
+        """
+        self.port, self.key = engines.free_port(), secrets.token_hex(16)
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.gpu, self.log, self.restarts = gpu, log, 0
+        self.command = [sys.executable, "-m", engines.server_module(),
+                        *self._options(serving, memory)]
+        self.environment = os.environ | {
+            "VLLM_API_KEY": self.key, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+            "VLLM_NO_USAGE_STATS": "1"}
+        self.environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        self.environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)  # of a colocated engine
+        if gpu is not None:
+            self.environment["CUDA_VISIBLE_DEVICES"] = gpu
+        self.http = httpx.Client(base_url=self.url, timeout=5)
+        self._stopping = threading.Event()
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._start()
+
+    def _options(self, serving: Serving, memory: float) -> list[str]:
+        options = [
+            "--model", serving.source, "--served-model-name", engines.BASE,
+            "--host", "127.0.0.1", "--port", str(self.port),
+            "--enable-lora", "--max-loras", str(serving.adapters),
+            "--max-cpu-loras", str(2 * serving.adapters + 2), "--max-lora-rank", str(serving.rank),
+            "--max-model-len", str(serving.length), "--max-num-seqs", str(serving.completions),
+            "--gpu-memory-utilization", f"{memory:.3f}",
+            "--tokens-only",  # token ids in and out: nothing is spent on text
+            "--generation-config", "vllm",  # not the model's own temperature and penalties
+            "--logprobs-mode", "processed_logprobs",  # at the run's temperature, as the trainer's
+            "--disable-uvicorn-access-log"]
+        if engines.vllm_on_cpu():  # fp32 as everywhere on a CPU; nothing is compiled
+            return [*options, "--dtype", "float32", "--enforce-eager"]
+        sizes = [size for size in GRAPH_SIZES if size <= serving.completions]
+        return [*options, "--dtype", "bfloat16",
+                "--compilation-config", json.dumps({"cudagraph_capture_sizes": sizes})]
+
+    def _start(self):
+        with open(self.log, "a") as log:
+            self.process = subprocess.Popen(self.command, env=self.environment, stdout=log,
+                                            stderr=log, start_new_session=True,
+                                            preexec_fn=_end_with_parent)
+
+    def wait(self) -> "Server":
+        """Wait until it answers. RuntimeError with the end of its log if it does not start."""
+        deadline = time.monotonic() + START_LIMIT
+        while not self.answers():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                raise RuntimeError(f"the rollout server did not start. The end of {self.log}:\n"
+                                   + self.log.read_text()[-2000:])
+            time.sleep(0.5)
+        threading.Thread(target=self._keep_alive, daemon=True).start()
+        return self
+
+    def answers(self) -> bool:
+        """Whether the server says that it is well."""
+        try:
+            return self.http.get("/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def _keep_alive(self):
+        while not self._stopping.wait(1):
+            if self.process.poll() is not None:
+                self.restarts += 1
+                self._start()
+
+    def stop(self):
+        """End the server and everything that it started."""
+        self._stopping.set()
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                pass
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+
+
+def _end_with_parent():
+    """In the child: have the system end it with the process that started it, however that ends."""
+    set_death_signal = 1  # PR_SET_PDEATHSIG in Linux' prctl.h
+    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
+
+
+@contextmanager
+def clients(grid: list[Params], log: Path, memory: float = ALONE_MEMORY,
+            completions: int | None = None) -> Iterator[list["Client"]]:
+    """Clients of the server that the environment names, else of servers for the time of the block.
+
+    Then there is one on each GPU that this process may use, or one in all with vLLM for CPUs.
+    """
+    from runner import rollouts
+
+    given = rollouts.from_environment()
+    if given:
+        yield given
+        return
+    gpus = [index for [index] in engines.gpu_query("index")] or [None]
+    serving = Serving.of(grid, 1, completions)
+    servers = [Server(serving, log.with_suffix(f".{gpu or 0}.log"), memory, gpu) for gpu in gpus]
+    try:
+        yield [rollouts.Client(server.wait().url, server.key) for server in servers]
+    finally:
+        for server in servers:
+            server.stop()
+
+
+@contextmanager
+def client_for(params: Params, engine: str) -> Iterator["Client | None"]:
+    """A client for one run; None if its engine is no server."""
+    if engine != "server":
+        yield None
+        return
+    with clients([params], log_folder(params) / params.folder.name, engines.SERVER_MEMORY) as found:
+        yield found[0]
+
+
+def log_folder(params: Params) -> Path:
+    """Where the logs of servers are."""
+    return params.folder.parent / ".servers"
+
+
+# --- the servers of a sweep -----------------------------------------------------------------------
+
+
+class NodeServers:
+    """The servers of one node of a cluster, as an actor of Ray. A sweep has one on each node."""
+
+    def __init__(self, serving: Serving, memory: float, logs: Path, gpus: list[str] | None):
+        """Start a server on each of `gpus`; None is all that the node has."""
+        if gpus is None:
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray hides what this actor did not ask for
+            gpus = [index for [index] in engines.gpu_query("index")]
+        node = os.uname().nodename
+        self.servers = [Server(serving, logs / f"{node}-{gpu or 0}.log", memory, gpu)
+                        for gpu in gpus or [None]]
+
+    def addresses(self) -> list[dict[str, str | None]]:
+        """url, key and gpu of each server, when all of them answer."""
+        return [{"url": server.wait().url, "key": server.key, "gpu": server.gpu}
+                for server in self.servers]
+
+    def restarts(self) -> int:
+        """How often a server has died and was started again."""
+        return sum(server.restarts for server in self.servers)
+
+    def stop(self):
+        """End them all."""
+        for server in self.servers:
+            server.stop()
+
+
+class SweepServers:
+    """The rollout servers of a sweep: url, key and gpu of each, by the id of their node."""
+
+    def __init__(self, ray, grid: list[Params], at_once: int, memory: float,
+                 gpus: list[str] | None):
+        """See NodeServers; at_once: runs that train at the same time and share one server."""
+        self.ray = ray
+        self.arguments = Serving.of(grid, at_once), memory, log_folder(grid[0]), gpus
+        self.actors: dict = {}
+        self.addresses: dict[str, list[dict]] = {}
+
+    def start_on_new_nodes(self):
+        """Start servers on nodes that have none, and wait for them."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        actor = self.ray.remote(num_cpus=0)(NodeServers)
+        for node in self.ray.nodes():
+            name = node["NodeID"]
+            can_serve = "GPU" in node["Resources"] or engines.has_server()
+            if node["Alive"] and can_serve and name not in self.actors:
+                here = NodeAffinitySchedulingStrategy(name, soft=False)
+                self.actors[name] = actor.options(scheduling_strategy=here).remote(*self.arguments)
+        for name in self.actors.keys() - self.addresses.keys():
+            self.addresses[name] = self.ray.get(self.actors[name].addresses.remote())
+
+    def stop(self):
+        """End the servers on all nodes."""
+        for actor in self.actors.values():
+            try:
+                self.ray.get(actor.stop.remote(), timeout=60)
+            except Exception:  # the node or its actor is gone, and the server with it
+                continue
+
