@@ -1,4 +1,4 @@
-"""Problems with checkable answers: MATH (arXiv 2103.03874) or generated problems in its schema.
+"""Problems with checkable answers: MATH, GSM8K, generated problems, or a user's own.
 
 The steps are those of the reference experiment: merge all parts into train and validation, split
 train 90/10, keep the original validation for testing. `make_dataset` does all of them and writes
@@ -9,22 +9,30 @@ one folder:
     manifest.json                                           parameters, counts, sha256 of each file
 
 A row has sample_id, problem, level, type, solution and answer (the content of the solution's last
-box).
+box). The fields are those of MATH (arXiv 2103.03874).
 """
 
 import hashlib
 import json
 import os
-import re
 import tempfile
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from lib.answers import MAX_ANSWER, last_boxed
 from runner import ROOT, WORK, hub
 from runner.files import sha256
+from runner.parts import (
+    SUFFIXES,
+    Fields,
+    ReadRow,
+    all_parts,
+    merge_parts,
+    names_a_test_split,
+    own_row,
+    rows_of_all,
+)
 from runner.problems import (
-    DIFFICULTIES,
     GENERATED,
     drop_overlaps,
     duplicates,
@@ -33,12 +41,28 @@ from runner.problems import (
     split_train,
     write_jsonl,
 )
+from runner.reading import nearest
 
-SOURCES = (*GENERATED, "math")
-HUB_DATASET = "fdyrd/MATH"
-FIELDS = ("problem", "level", "type", "solution")
-SUFFIXES = (".jsonl", ".json", ".parquet")
-SPLIT_WORDS = {"train": ("train",), "validation": ("test", "validation")}  # in a part's path
+
+class HubCopy(NamedTuple):
+    """Where the hub has a data set, and what to do where it cannot be reached."""
+
+    name: str
+    patterns: tuple[str, ...]
+    otherwise: str
+
+
+HUB_COPIES = {
+    "math": HubCopy("fdyrd/MATH", tuple(f"*{suffix}" for suffix in SUFFIXES),
+                    "set math_dir to a folder with a local copy (with make: MATH_DIR=folder)"),
+    "gsm8k": HubCopy("openai/gsm8k", ("main/*.parquet",),
+                     "give a folder with a local copy as the source (-p source FOLDER "
+                     "-p problem_field question -p data_dir gsm8k)"),
+}
+SOURCES = (*GENERATED, *HUB_COPIES)
+GSM8K_FIELDS = Fields("question", "answer")
+TEST_SHARE = 0.1  # of one's own problems, if no part of them is for testing
+FEWEST = 20  # problems that can be shared out to training, validation and test
 SPLIT_FILES = {"train": "train_split.jsonl", "validation": "validation_split.jsonl",
                "test": "test.jsonl"}
 FILES = ("train.jsonl", "validation.jsonl", *SPLIT_FILES.values())
@@ -71,165 +95,11 @@ def shown(path: Path) -> str:
     return "/".join(path.parts[-2:])
 
 
-# --- reading and merging parts --------------------------------------------------------------------
+# --- where the parts come from --------------------------------------------------------------------
 
 
-def find_parts(folder: Path) -> dict[str, list[str]]:
-    """Part files at any depth, by split, as sorted paths relative to `folder`.
-
-    Hidden files and folders are skipped.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{shown(folder)} is not a folder: give the one that holds the "
-                                "parts")
-    parts: dict[str, list[str]] = {split: [] for split in SPLIT_WORDS}
-    for path in sorted(folder.rglob("*")):
-        part = path.relative_to(folder)
-        hidden = any(name.startswith(".") for name in part.parts)
-        if path.suffix in SUFFIXES and path.is_file() and not hidden:
-            parts[_split_of(part)].append(part.as_posix())
-
-    for split, found in parts.items():
-        if not found:
-            raise ValueError(
-                f"{shown(folder)} has no {split} part: no {', '.join(SUFFIXES)} file with the word "
-                f"{' or '.join(SPLIT_WORDS[split])} in its name or folder")
-    return parts
-
-
-def _split_of(part: Path) -> str:
-    """The split that one word of a part's path names, in the file's name or a folder's."""
-    words = set(re.split(r"[^a-z]+", part.with_suffix("").as_posix().lower()))
-    splits = [split for split, names in SPLIT_WORDS.items() if words & set(names)]
-    if len(splits) == 1:
-        return splits[0]
-    why = "both train and test/validation" if splits else "neither train nor test/validation"
-    raise ValueError(f"{part.as_posix()}: the path says {why}: rename the file or its folder to "
-                     "tell its split")
-
-
-def _numbered_rows(folder: Path, part: str) -> Iterator[tuple[int, object]]:
-    """(1-based line or row number, parsed row) of one part; errors name the file and the line."""
-    path = folder / part
-    try:
-        if path.suffix == ".parquet":
-            yield from _parquet_rows(path)
-        elif path.suffix == ".json":
-            yield from _json_rows(path, part)
-        else:
-            yield from _json_lines(path, part)
-    except UnicodeDecodeError:
-        raise ValueError(f"{part}: not UTF-8 text: save the file in that encoding") from None
-    except OSError as e:
-        raise ValueError(f"{part}: cannot be read ({type(e).__name__}): is the file "
-                         "truncated?") from None
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowException as e:
-        raise OSError(str(e)) from None
-    yield from enumerate(table.to_pylist(), 1)
-
-
-def _json_rows(path: Path, part: str) -> Iterator[tuple[int, object]]:
-    """One problem, or a list of problems."""
-    text = path.read_text(encoding="utf-8-sig")
-    loaded = _parsed(text, part)
-    yield from enumerate(loaded if isinstance(loaded, list) else [loaded], 1)
-
-
-def _json_lines(path: Path, part: str) -> Iterator[tuple[int, object]]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield number, _parsed(line, part, number)
-
-
-def _parsed(text: str, part: str, first_line: int = 1) -> object:
-    """The JSON value in `text`, which begins at `first_line` of the part."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError(f"{part}:{first_line}: brackets are nested too deeply to be read: a row "
-                         "is one object of texts") from None
-    except json.JSONDecodeError as e:
-        where = f"{part}:{first_line + e.lineno - 1}"
-        if e.msg == "Extra data" and part.endswith(".json"):
-            raise ValueError(f"{where}: more than one JSON value: if each line is a row, rename "
-                             "the file to .jsonl") from None
-        what = f"{e.msg.removesuffix(' starting at')}, column {e.colno}"
-        raise ValueError(f"{where}: not valid JSON ({what}): is the line truncated?") from None
-
-
-def check_row(row: object, where: str) -> dict[str, str]:
-    """The row's four fields, checked, plus `answer`. `where` (file:line) opens every error."""
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected an object with {', '.join(FIELDS)}, not a "
-                         f"{type(row).__name__}")
-    for field in FIELDS:
-        if field not in row:
-            raise ValueError(f"{where}: field '{field}' is missing")
-        _check_text(row[field], f"{where}: field '{field}'")
-    if row["level"] not in DIFFICULTIES:
-        raise ValueError(f"{where}: unknown level {row['level']!r}; known: "
-                         f"{', '.join(DIFFICULTIES)}")
-    answer = last_boxed(row["solution"])
-    if answer is None:
-        raise ValueError(f"{where}: the solution has no complete \\boxed{{...}}, so there is no "
-                         "gold answer")
-    if len(answer) > MAX_ANSWER:
-        raise ValueError(f"{where}: the gold answer has {len(answer):,} characters, and the "
-                         f"graders read at most {MAX_ANSWER:,}: leave the problem out")
-    return {field: row[field] for field in FIELDS} | {"answer": answer}
-
-
-def _check_text(value: object, what: str):
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{what} is not a non-empty text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as e:
-        lone = ascii(value[e.start])[1:-1]
-        raise ValueError(f"{what} holds {lone}, half of a character that was cut in two: write "
-                         "the whole character or delete it") from None
-
-
-def merge_parts(folder: Path) -> dict[str, list[dict]]:
-    """All parts of a folder as {"train": rows, "validation": rows}, ordered by part and line.
-
-    sample_id is the part's path without its suffix, a colon and the 1-based line, such as
-    "algebra/train:17".
-    """
-    folder, merged = Path(folder), {}
-    seen: dict[str, str] = {}
-    for split, parts in find_parts(folder).items():
-        merged[split] = []
-        for part in parts:
-            name = part.removesuffix(Path(part).suffix)
-            if name in seen:
-                raise ValueError(f"{part} and {seen[name]} would give the same sample_id: keep one "
-                                 "of them")
-            seen[name] = part
-            for number, row in _numbered_rows(folder, part):
-                checked = check_row(row, f"{part}:{number}")
-                merged[split].append({"sample_id": f"{name}:{number}"} | checked)
-        if not merged[split]:
-            raise ValueError(f"{shown(folder)}: the {split} parts hold no rows "
-                             f"({', '.join(parts)})")
-    return merged
-
-
-# --- MATH -----------------------------------------------------------------------------------------
-
-
-def download_math() -> Path:
-    """The folder of the hub's copy of MATH (12,500 problems), from the local cache if it is there.
+def download(source: str) -> Path:
+    """The folder of the hub's copy of a data set, from the local cache if it is there.
 
     ConnectionError if it cannot be had.
     """
@@ -238,14 +108,40 @@ def download_math() -> Path:
     if hub.endpoint_has_password():
         raise ConnectionError("HF_ENDPOINT holds a password, which would be written to logs: set "
                               "HF_TOKEN instead")
-    patterns = [f"*{suffix}" for suffix in SUFFIXES]
+    copy = HUB_COPIES[source]
     try:
-        return Path(snapshot_download(HUB_DATASET, repo_type="dataset", allow_patterns=patterns))
+        return Path(snapshot_download(copy.name, repo_type="dataset",
+                                      allow_patterns=list(copy.patterns)))
     except Exception as exc:  # the hub client's own errors, httpx's and the system's
         raise ConnectionError(
-            f"cannot download {HUB_DATASET} ({type(exc).__name__}): set math_dir to a folder with "
-            "a local copy (with make: MATH_DIR=folder), or the environment variable HF_ENDPOINT to "
-            "a mirror that this machine reaches.") from None
+            f"cannot download {copy.name} ({type(exc).__name__}): {copy.otherwise}, or set "
+            "the environment variable HF_ENDPOINT to a mirror that this machine reaches.") from None
+
+
+def merge_own(path: Path, read_row: ReadRow, seed: int,
+              n_test: int | None = None) -> dict[str, list[dict]]:
+    """The problems of a user's file or folder as {"train": rows, "validation": rows}.
+
+    A folder with a part for testing is merged as MATH is. From anything else n_test problems are
+    drawn for testing (None: a tenth), stratified and seeded as the validation split is.
+    """
+    if path.is_dir() and names_a_test_split(path):
+        if n_test is not None:
+            raise ValueError(f"n_test={n_test}: {shown(path)} has a part for testing, of which all "
+                             "problems are taken: leave n_test out")
+        return merge_parts(path, read_row)
+    rows = rows_of_all(path, read_row)
+    if len(rows) < FEWEST:
+        raise ValueError(f"{shown(path)} holds {len(rows)} problems: at least {FEWEST} are needed "
+                         "to share them out to training, validation and test")
+    share = TEST_SHARE
+    if n_test is not None:
+        if not 1 <= n_test <= len(rows) // 2:
+            raise ValueError(f"n_test={n_test}: give a number from 1 to half of the {len(rows)} "
+                             f"problems of {shown(path)}")
+        share = n_test / len(rows)
+    train, test = split_train(rows, seed, share)
+    return {"train": train, "validation": test}
 
 
 # --- making a data set ----------------------------------------------------------------------------
@@ -253,33 +149,29 @@ def download_math() -> Path:
 
 def make_dataset(source: str, data_dir: str | Path | None = None,
                  math_dir: str | Path | None = None, data_seed: int = 0,
-                 n_train: int | None = None, n_test: int | None = None) -> tuple[Path, bool]:
+                 n_train: int | None = None, n_test: int | None = None,
+                 **field_names: str | None) -> tuple[Path, bool]:
     """Make data/<data_dir>; (folder, True), or (folder, False) if the same data are there already.
 
+    source: one of SOURCES, or a file or folder of one's own problems (relative to the project).
     math_dir: a local copy of MATH (relative to the project's root); None downloads it.
-    n_train, n_test: problems to generate; None: the source's own number.
+    n_train, n_test: problems to generate; None: the source's own number. n_test: also the test
+        problems to draw from a file of one's own.
+    field_names: `problem_field`, `answer_field`, `level_field` and `type_field` of one's own rows.
+
     Everything is written to a temporary folder beside it, which is renamed at the end: an error
     leaves no output and keeps the data that were there. Other people's folders are never replaced.
     """
-    _check_request(source, math_dir)
-    out = data_folder(data_dir or source)
+    named = {name.removesuffix("_field"): field for name, field in field_names.items() if field}
+    _check_request(source, math_dir, n_train, n_test, named)
+    out = data_folder(data_dir or _own_name(source))
     _refuse_foreign(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         stage = Path(temporary) / "new"
         stage.mkdir()
-        parameters = {"source": source, "data_seed": data_seed}
-        if source in GENERATED:
-            sizes = _sizes(source, n_train, n_test)
-            parameters |= sizes
-            parts = stage / "parts"
-            generate(source, parts, data_seed, **sizes)
-        elif math_dir is None:
-            parts = download_math()
-        else:
-            parts = ROOT / Path(math_dir).expanduser()
-
-        manifest = {"parameters": parameters} | _build(parts, stage, data_seed)
+        parameters, merged = _collect(source, stage, math_dir, data_seed, n_train, n_test, named)
+        manifest = {"parameters": parameters} | _build(merged, stage, data_seed)
         text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
         (stage / "manifest.json").write_text(text, encoding="utf-8")
         if _is_there(out, text, manifest["sha256"]):
@@ -288,6 +180,41 @@ def make_dataset(source: str, data_dir: str | Path | None = None,
             os.replace(out, Path(temporary) / "old")
         os.replace(stage, out)
     return out, True
+
+
+def _collect(source: str, stage: Path, math_dir: str | Path | None, data_seed: int,
+             n_train: int | None, n_test: int | None,
+             fields: dict[str, str]) -> tuple[dict, dict[str, list[dict]]]:
+    """(what the manifest says of the request, rows for training and for testing)"""
+    parameters = {"source": source, "data_seed": data_seed}
+    if source in GENERATED:
+        sizes = _sizes(source, n_train, n_test)
+        generate(source, stage / "parts", data_seed, **sizes)
+        return parameters | sizes, merge_parts(stage / "parts")
+    if source == "math":
+        folder = ROOT / Path(math_dir).expanduser() if math_dir else download(source)
+        return parameters, merge_parts(folder)
+    if source == "gsm8k":
+        return parameters, merge_parts(download(source), partial(own_row, fields=GSM8K_FIELDS))
+    path, own = own_path(source), Fields(**fields)
+    parameters |= {"source": shown(path), "n_test": n_test, "fields": own._asdict()}
+    return parameters, merge_own(path, partial(own_row, fields=own), data_seed, n_test)
+
+
+def own_path(source: str) -> Path:
+    """The file or folder that a source names, from the project's root."""
+    return ROOT / Path(source).expanduser()
+
+
+def _own_name(source: str) -> str:
+    """What the data are called if nobody says: as the source, or as its file or folder."""
+    if source in SOURCES:
+        return source
+    name = own_path(source).stem
+    if name in SOURCES:
+        raise ValueError(f"{name!r} is also the name of a source of this project: say what the "
+                         "data are to be called, with -p data_dir NAME")
+    return name
 
 
 def _refuse_foreign(folder: Path):
@@ -310,20 +237,45 @@ def _sizes(source: str, n_train: int | None, n_test: int | None) -> dict[str, in
     return sizes
 
 
-def _check_request(source: str, math_dir: str | Path | None):
-    """ValueError for a source that is unknown or contradicts math_dir."""
-    if source not in SOURCES:
-        raise ValueError(f"source={source!r}: choose one of {', '.join(SOURCES)}")
+def _check_request(source: str, math_dir: str | Path | None, n_train: int | None,
+                   n_test: int | None, fields: dict[str, str]):
+    """ValueError for a source that is unknown, or for what it makes no use of."""
+    own = source not in SOURCES
+    if own:
+        _check_own(source)
     if "://" in str(math_dir):
         raise ValueError("math_dir is an address: give a local folder")
-    if source in GENERATED and math_dir is not None:
-        raise ValueError(f"math_dir is for source='math': {source} is generated and reads no "
-                         "folder")
+    if source != "math" and math_dir is not None:
+        reads = "is generated and reads no folder" if source in GENERATED else "is not MATH"
+        raise ValueError(f"math_dir is for source='math': {source} {reads}")
+    if source not in GENERATED:
+        if n_train is not None:
+            raise ValueError(f"n_train={n_train} is for generated problems: of {source}, all are "
+                             "taken")
+        if n_test is not None and not own:
+            raise ValueError(f"n_test={n_test} is for generated problems and for files of your "
+                             f"own: of {source}, all are taken")
+    if fields and not own:
+        raise ValueError(f"{next(iter(fields))}_field is for a file or folder of your own: the "
+                         f"fields of {source} are known")
 
 
-def _build(parts: Path, stage: Path, seed: int) -> dict:
-    """Merge, split, drop overlaps, write the five files to `stage`; returns the manifest's rest."""
-    merged = merge_parts(parts)
+def _check_own(source: str):
+    """ValueError if a source is neither known nor a file or folder that can be read."""
+    if "://" in source:  # it may hold a password: it is not repeated
+        raise ValueError("source is an address: give a local file or folder")
+    path = own_path(source)
+    if not path.exists():
+        raise ValueError(f"source={source!r} is no file or folder, seen from the project's root"
+                         f"{nearest(source, SOURCES)}; or choose one of {', '.join(SOURCES)}")
+    if path.is_file() and path.suffix not in SUFFIXES:
+        raise ValueError(f"source={source!r}: a file of problems ends in {', '.join(SUFFIXES)}")
+    if path.is_dir() and not all_parts(path):
+        raise ValueError(f"source={source!r}: the folder has no {', '.join(SUFFIXES)} file")
+
+
+def _build(merged: dict[str, list[dict]], stage: Path, seed: int) -> dict:
+    """Split, drop overlaps, write the five files to `stage`; returns the manifest's rest."""
     test = merged["validation"]
     train, validation = split_train(merged["train"], seed)
     # A problem of two splits stays in the one used later: test before validation before train.
@@ -387,9 +339,9 @@ def _how_to_make(name: str) -> str:
         if source in name.lower():
             return (f"Make them, from the project's root, with: {command} -p source {source} "
                     f"-p data_dir {name}")
-    return (f"{name!r} is none of the sources {', '.join(SOURCES)}: bring your own problems into "
-            f"MATH's schema (docs/recipe-data.md), then: {command} -p source math "
-            f"-p math_dir FOLDER -p data_dir {name}")
+    return (f"{name!r} is none of the sources {', '.join(SOURCES)}. Of your own problems, make "
+            f"them with: {command} -p source FILE_OR_FOLDER -p data_dir {name} "
+            "(docs/recipe-data.md)")
 
 
 def data_hash(data_dir: str | Path) -> str:

@@ -27,9 +27,9 @@ DECISIVE = (
     "lib/_worker.py", "lib/answers.py", "lib/noise.py", "lib/rewards.py",
     "runner/__init__.py", "runner/checkpoints.py", "runner/dataset.py", "runner/engines.py",
     "runner/execution.py", "runner/files.py", "runner/hub.py", "runner/model_files.py",
-    "runner/parameters.py", "runner/policies.py", "runner/problems.py", "runner/provenance.py",
-    "runner/reading.py", "runner/rewardlog.py", "runner/rollouts.py", "runner/runs.py",
-    "runner/server.py",
+    "runner/parameters.py", "runner/parts.py", "runner/policies.py", "runner/problems.py",
+    "runner/provenance.py", "runner/reading.py", "runner/rewardlog.py", "runner/rollouts.py",
+    "runner/runs.py", "runner/server.py",
 )
 
 

@@ -84,18 +84,12 @@ def test_a_model(follow):
 
 
 @pytest.mark.slow
-def test_a_data_set_and_a_verifier(follow, tmp_path):
-    (tmp_path / "gsm8k").mkdir()
-    for split, tens in (("train", range(1, 9)), ("test", [9])):  # the schema of GSM8K, with sums that tiny can read
-        pairs = [(10 * t + unit, b) for t in tens for unit in range(10) for b in range(1, 10)]
-        rows = [{"question": f"{a}+{b}=", "answer": f"It is {a}+{b}=<<{a}+{b}={a + b}>>{a + b}.\n#### {a + b}"}
-                for a, b in pairs]
-        (tmp_path / f"gsm8k/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    _, attempts = follow("recipe-data", GSM8K=str(tmp_path / "gsm8k"))[-3:-1]
+def test_a_data_set_and_a_verifier(follow):
+    _, attempts = follow("recipe-data")[-3:-1]
     assert "#### 72" in attempts
     run = next((follow.work / "outputs/runs").iterdir())
     assert json.loads((run / "params.json").read_text())["verifier"] == "hash"
     log = pd.read_parquet(run / "rewards.parquet")
-    assert 0 < log.true_reward.mean() < 1 and log.sample_id.str.startswith("train:").all()
+    assert 0 < log.true_reward.mean() < 1 and log.sample_id.str.startswith("sums:").all()
     for name in ("02_train", "03_eval"):  # the patched notebooks are notebooks
         nbformat.validate(nbformat.read(follow.project / f"notebooks/{name}.ipynb", as_version=4))

@@ -22,10 +22,10 @@ from runner.dataset import (
     data_hash,
     load_split,
     make_dataset,
-    merge_parts,
     read_manifest,
     shown,
 )
+from runner.parts import merge_parts
 from runner.problems import (
     DIFFICULTIES,
     GENERATED,
@@ -424,8 +424,8 @@ def test_foreign_files_are_never_replaced(tmp_path, parts):
 
 
 def test_contradictory_parameters(parts, tmp_path):
-    with pytest.raises(ValueError, match="source='gsm8k': choose one of arithmetic, operations, math"):
-        make_dataset("gsm8k", tmp_path / "x")
+    with pytest.raises(ValueError, match="source='gsm9k' is no file or folder.*did you mean 'gsm8k'.*arithmetic, op"):
+        make_dataset("gsm9k", tmp_path / "x")
     for source in GENERATED:
         with pytest.raises(ValueError, match=f"math_dir is for source='math': {source} is generated"):
             make_dataset(source, tmp_path / "x", parts)
@@ -437,7 +437,7 @@ def test_loading(tmp_path, parts):
         with pytest.raises(FileNotFoundError, match=command):
             load_split(tmp_path / name, "train")
     for name in ("gsm9k", "mine"):  # sums would be made in their place, and trained on
-        own = f"'{name}' is none of the sources .*recipe-data.md.* -p source math -p math_dir FOLDER -p data_dir {name}"
+        own = f"'{name}' is none of the sources .* -p source FILE_OR_FOLDER -p data_dir {name} .docs/recipe-data.md"
         with pytest.raises(FileNotFoundError, match=own) as refusal:
             load_split(tmp_path / name, "train")
         assert "-p source arithmetic" not in str(refusal.value)
@@ -468,10 +468,10 @@ def test_names_and_paths(tmp_path):
 
 # ---- the hub ----
 
-MAKE = "from runner.dataset import make_dataset; print(make_dataset('math', {out!r})[1])"
+MAKE = "from runner.dataset import make_dataset; print(make_dataset({source!r}, {out!r})[1])"
 
 
-def make_in_new_process(out, cache, endpoint):
+def make_in_new_process(out, cache, endpoint, source="math"):
     """In a process of its own: huggingface_hub reads HF_ENDPOINT when it is imported."""
     environment = os.environ | {
         "HF_ENDPOINT": endpoint,
@@ -481,7 +481,7 @@ def make_in_new_process(out, cache, endpoint):
         "NO_PROXY": "127.0.0.1",
     }
     return subprocess.run(
-        [sys.executable, "-c", MAKE.format(out=str(out))],
+        [sys.executable, "-c", MAKE.format(source=source, out=str(out))],
         env=environment,
         cwd=ROOT,
         capture_output=True,
