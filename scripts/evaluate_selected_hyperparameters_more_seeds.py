@@ -1,0 +1,8 @@
+"""Evaluate the finished runs without noise, of all seeds."""
+
+import sys
+
+from notebook import PROFILE, execute
+
+if __name__ == "__main__":
+    sys.exit(execute("03_eval", __doc__, PROFILE | {"study": "seeds"}))
