@@ -351,9 +351,10 @@ def answer(study: Study, before: float, distinct: list[str]) -> list[str]:
     if compared.empty:
         best = results.loc[results["estimate"].idxmax()]
         which = "" if len(results) == 1 else f" in the best of {len(results)} arms, {best['arm']}"
-        rise = f"from {percent(before)} % to {percent(best['estimate'])} %"
+        goes = "falls" if best["estimate"] < before else "rises"
+        change = f"{goes} from {percent(before)} % to {percent(best['estimate'])} %"
         return ["No noisy arm is compared with a clean one here, so nothing is said about noise.",
-                f"Accuracy rises {rise}{which}."]
+                f"Accuracy {change}{which}."]
 
     references = compared["reference"].unique()
     against = study.results.set_index("arm").loc[references[0]]

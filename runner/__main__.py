@@ -184,6 +184,9 @@ class Command:
         first = self.grid[0]
         self.console.print(f"{self.study.title}. Runs: {len(self.grid)}, "
                            f"profile: {first.profile}, folder: {dataset.shown(self.folder)}")
+        remark = studies.compared_with_nothing(self.study, self.grid)
+        if remark:
+            self.console.print(remark)
         if first.model != "tiny" and not engines.gpu_query("name"):
             self.console.print("nvidia-smi shows no GPU here: on a CPU, a run of this model can "
                                "take hours.")

@@ -15,8 +15,11 @@ MACHINES = "Another processor may build another base policy: see docs/reliabilit
 def results_table(results: pd.DataFrame) -> Table:
     """A row an arm, in percent, at most 80 columns wide. results: the rows of results.csv."""
     usual = results.reference.mode()[0]
-    table = Table(box=None, pad_edge=False, caption_justify="left", caption=(
-        f"In percent, with 95 % intervals. Differences are from {usual!r} or the arm in brackets."))
+    differences = f"Differences are from {usual!r} or the arm in brackets."
+    if results.difference.isna().all():
+        differences = "No arm is compared with another."
+    table = Table(box=None, pad_edge=False, caption_justify="left",
+                  caption=f"In percent, with 95 % intervals. {differences}")
     table.add_column("arm", overflow="fold")
     for column in ("seeds", "accuracy", "difference", "Holm p"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -68,7 +68,7 @@ class Study(StudyFile):
 
     def arm_and_reference(self, params: Params) -> tuple[str, str]:
         """What tables call the arm of a run, and the arm that it is compared with."""
-        return self.names.get(run_id(params)) or (noise.describe(vars(params))[0], "clean")
+        return self.names.get(run_id(params)) or (arm_of(params), "clean")
 
 
 class Cell(NamedTuple):
@@ -88,14 +88,20 @@ def load_study(name: str, profile: str) -> tuple[Study, list[Params]]:
     mistakes: list[str] = []
     values = for_profile(values, profile, path.name, mistakes)
     file = checked(values, path.name, mistakes)
-    defaults = profile_defaults(profile, file.use_selected)  # read once, not once a run
+    try:
+        defaults = profile_defaults(profile, file.use_selected)  # read once, not once a run
+    except ValueError as e:  # without a profile, no run can be looked at
+        raise ValueError("\n".join([*mistakes, str(e)])) from None
     cells: list[Cell] = []
+    are_all_names_known = True
     for number, arm in enumerate(file.arms, 1):
         found, wrong = cells_of(file, arm, defaults)
         cells += found
         mistakes += [f"{path.name}, arm {number}: {what}" for what in wrong]
+        if wrong and "name" in file.fixed | arm:  # other arms may refer to it
+            are_all_names_known = False
     mistakes += [f"{path.name}: {what}" for what in repeated(cells)]
-    if not mistakes:  # else the arm that others refer to may be the one with a mistake
+    if are_all_names_known:
         mistakes += [f"{path.name}: {what}" for what in without_reference(cells)]
     if mistakes:
         raise ValueError("\n".join(mistakes))
@@ -186,7 +192,39 @@ def without_reference(cells: list[Cell]) -> Iterator[str]:
     named = [cell for cell in cells if cell.name]
     names = {cell.name for cell in named}
     compared = {cell.reference: cell.name for cell in named}  # reference -> an arm
+    has_clean_without_name = any(not cell.name and arm_of(cell.params) == "clean"
+                                 for cell in cells)
     for reference in sorted(compared.keys() - names):
-        yield (f"{compared[reference]!r} is compared with {reference!r}, and no arm has that name"
-               f"{nearest(reference, names)}: give an arm this name, or set `reference` (in an "
-               "arm, or for the whole study) to the name of one")
+        what = f"{compared[reference]!r} is compared with {reference!r}"
+        if reference == "clean" and has_clean_without_name:
+            yield (f"{what}, and the arm without noise has no name: give it `name: clean`, or set "
+                   "`reference` to the name of another arm")
+        else:
+            yield (f"{what}, and no arm has that name{nearest(reference, names)}: give an arm this "
+                   "name, or set `reference` (in an arm, or for the whole study) to the name of "
+                   "one")
+
+
+def arm_of(params: Params) -> str:
+    """What the noise alone calls the arm of a run."""
+    return noise.describe(vars(params))[0]
+
+
+def compared_with_nothing(study: Study, grid: list[Params]) -> str:
+    """A sentence on the arms without a name that no clean arm can be compared with, or ""."""
+    unnamed = [params for params in grid if run_id(params) not in study.names]
+    have_clean = {_setting(params) for params in unnamed if arm_of(params) == "clean"}
+    lone = {arm_of(params): None for params in unnamed if _setting(params) not in have_clean}
+    if not lone:
+        return ""
+    first, *others = lone
+    which = first if not others else f"{first} and {len(others)} more"
+    return (f"No arm without noise has the other parameters of {which}, so nothing is said about "
+            "what noise costs there: add such an arm ({}), or give arms a name and a reference "
+            "(docs/studies.md).")
+
+
+def _setting(params: Params) -> tuple:
+    """All that a run shares with the clean run that it is compared with, but for seeds."""
+    differ = {*noise.PARAMETERS, "reward", "seed", "noise_seed", "base_seed"}
+    return tuple(value for name, value in vars(params).items() if name not in differ)

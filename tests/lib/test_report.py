@@ -179,3 +179,4 @@ def test_the_answer_without_a_test_or_a_comparison_says_so():
     assert answer([CLEAN, untested])[1] == "No difference can be tested, because every arm has a single seed."
     assert answer([CLEAN]) == ["No noisy arm is compared with a clean one here, so nothing is said about noise.",
                                "Accuracy rises from 40.0 % to 80.0 %."]
+    assert answer([CLEAN], before=0.9)[1] == "Accuracy falls from 90.0 % to 80.0 %."

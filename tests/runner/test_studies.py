@@ -66,6 +66,32 @@ def test_all_mistakes_are_listed_at_once(tmp_path):
     ]
 
 
+def test_a_missing_reference_and_an_unknown_profile_are_listed_with_the_rest(tmp_path):
+    text = "title: t\nsedes: [1]\narms: [{name: a, mask_rate: 0.1}, {sed: 1}]\nseeds: [0]\n"
+    first, second, third = refusal(tmp_path, text).splitlines()
+    assert "'sedes'" in first and "'sed'" in second and "'a' is compared with 'clean', and no arm" in third
+    # the arm that is missing may be the one with a mistake
+    assert "no arm" not in refusal(tmp_path, text.replace("{sed: 1}", "{name: clean, sed: 1}"))
+    with pytest.raises(ValueError) as error:
+        load(tmp_path, text, "smoll")
+    first, second = str(error.value).splitlines()
+    assert "'sedes'" in first and "no profile 'smoll', did you mean 'smol'?; known: " in second
+
+
+@pytest.mark.parametrize("arms, which", [
+    ("{label_flip_rate: [0.4, 0.5]}", "flip 0.4 and 1 more"),
+    ("{}, {mask_rate: 0.5, temperature: 0.9}", "mask 0.5"),
+    ("{reward: format}", "format only"),
+    ("{}, {label_flip_rate: 0.5}, {reward: format}", ""),
+    ("{learning_rate: [1.0e-3, 2.0e-3]}", ""),
+    ("{name: clean}, {name: a, mask_rate: 0.1}", ""),
+])
+def test_arms_that_nothing_is_compared_with_are_named(tmp_path, arms, which):
+    remark = studies.compared_with_nothing(*load(tmp_path, f"title: t\narms: [{arms}]\nseeds: [0, 1]\n"))
+    assert remark.startswith(f"No arm without noise has the other parameters of {which}, so nothing") if which \
+        else remark == ""
+
+
 # --- YAML
 
 
@@ -123,10 +149,11 @@ def test_a_profile_is_read_as_strictly(tmp_path, monkeypatch):
 
 def test_an_arm_without_the_one_that_it_is_compared_with_is_refused(tmp_path):
     """Also if there is a clean arm without a name: references are names."""
-    for clean in ("", "{}, "):
-        message = refusal(tmp_path, f"title: t\narms: [{clean}{{name: a, mask_rate: 0.1}}]\nseeds: [0]\n")
-        assert message.startswith("bad.yaml: 'a' is compared with 'clean', and no arm has that name")
-        assert "give an arm this name, or set `reference`" in message
+    message = refusal(tmp_path, "title: t\narms: [{name: a, mask_rate: 0.1}]\nseeds: [0]\n")
+    assert message.startswith("bad.yaml: 'a' is compared with 'clean', and no arm has that name")
+    assert "give an arm this name, or set `reference`" in message
+    message = refusal(tmp_path, "title: t\narms: [{}, {name: a, mask_rate: 0.1}]\nseeds: [0]\n")
+    assert message.startswith("bad.yaml: 'a' is compared with 'clean', and the arm without noise has no name: give it")
     message = refusal(tmp_path, "title: t\nreference: clen\narms: [{name: clean}, {name: a, mask_rate: 0.1}]\n"
                                 "seeds: [0]\n")
     assert "compared with 'clen', and no arm has that name, did you mean 'clean'?" in message

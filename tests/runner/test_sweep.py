@@ -140,6 +140,13 @@ def test_results_fit_80_columns_and_say_percent():
         assert max(map(len, lines[:-1])) <= 80 and "…" not in "".join(lines) and "In percent" in lines[-1]
 
 
+def test_results_without_a_comparison_name_no_reference():
+    for study, says in (("seeds", "No arm is compared with another."), ("tiny", "Differences are from 'clean'")):
+        console = Console(width=80, file=io.StringIO(), soft_wrap=True)
+        console.print(results.results_table(pd.read_csv(ROOT / f"outputs/{study}/results.csv")))
+        assert says in console.file.getvalue()
+
+
 def test_the_published_results_are_compared_with_those_that_are_here(tmp_path):
     published = ROOT / "outputs/tiny/results.csv"
     assert "were reproduced exactly" in results.compare_with_published(published)
