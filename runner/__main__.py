@@ -12,6 +12,7 @@ from rich.console import Console
 
 from runner import (
     ROOT,
+    compare,
     dataset,
     engines,
     notebooks,
@@ -31,6 +32,7 @@ examples:
                                          on a Ray cluster; inside it: auto
   sbatch scripts/slurm.sh flip --profile smol
                                          in a SLURM allocation
+  python -m runner compare flip mask     two studies, or two runs, side by side
 
 runs:
   outputs/runs/<run_id>/ is the one store of all runs; it holds DONE when a run
@@ -110,6 +112,9 @@ def command_line() -> argparse.ArgumentParser:
 
 def main(argv=None) -> int:
     """Run the command; returns its exit status."""
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["compare"]:
+        return compare.main(given[1:])
     args = command_line().parse_args(argv)
     os.chdir(ROOT)
     width = None if sys.stdout.isatty() else 80

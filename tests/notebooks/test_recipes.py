@@ -93,3 +93,22 @@ def test_a_data_set_and_a_verifier(follow):
     assert 0 < log.true_reward.mean() < 1 and log.sample_id.str.startswith("sums:").all()
     for name in ("02_train", "03_eval"):  # the patched notebooks are notebooks
         nbformat.validate(nbformat.read(follow.project / f"notebooks/{name}.ipynb", as_version=4))
+
+
+@pytest.mark.slow
+def test_comparing_and_a_figure_of_ones_own(tmp_path):
+    for name in ("lib", "runner", "params", "outputs/tiny", "outputs/language-model-smol"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    env = os.environ | {"GRPO_NOISE_WORK": str(tmp_path), "PYTHONPATH": str(tmp_path),
+                        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    text = (ROOT / "docs/recipe-plot.md").read_text()
+    printed = []
+    for kind, block in re.findall(r"^```(bash|python)\n(.*?)^```$", text, re.M | re.S):
+        command = {"bash": ["bash", "-e"], "python": ["python", "-"]}[kind]
+        done = subprocess.run(command, input=block, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, f"{block}\n{done.stderr[-3000:]}"
+        printed.append(done.stdout)
+    assert "B - A" in printed[0] and "label_flip_rate" in printed[1]
+    clean, flip, _ = (float(line.split()[-1]) for line in printed[2].splitlines()[1:])
+    assert 1.5 < flip / clean < 2.5  # "about twice"
+    assert (tmp_path / "entropy.png").exists() and len(pd.read_csv(tmp_path / "entropy.csv")) == 4050

@@ -141,7 +141,8 @@ def test_results_fit_80_columns_and_say_percent():
 
 
 def test_results_without_a_comparison_name_no_reference():
-    for study, says in (("hyperparameters", "No arm is compared with another."), ("tiny", "Differences are from 'clean'")):
+    says_of = {"hyperparameters": "No arm is compared with another.", "tiny": "Differences are from 'clean'"}
+    for study, says in says_of.items():
         console = Console(width=80, file=io.StringIO(), soft_wrap=True)
         console.print(results.results_table(pd.read_csv(ROOT / f"outputs/{study}/results.csv")))
         assert says in console.file.getvalue()
