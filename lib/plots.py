@@ -235,7 +235,10 @@ def _difference_panels(table: pd.DataFrame, row_height: float):
     """
     if "reference" not in table:
         table = table.assign(reference="clean")
-    parts = list(table.groupby(table["reference"].str.split(" | ", regex=False).str[0], sort=False))
+    against = table["reference"].str.split(" | ", regex=False).str[0]  # without the setting
+    if "named" in table:
+        against = against.where(~table["named"], table["reference"])
+    parts = list(table.groupby(against, sort=False))
     sizes = [part["arm"].nunique() for _, part in parts]
     height = 1.2 + 0.35 * len(parts) + _row_height(table["arm"], row_height) * sum(sizes)
     fig, axes = plt.subplots(len(parts), 1, figsize=(8, height), height_ratios=sizes, sharex=True,

@@ -254,9 +254,10 @@ def by_difficulty(study: Study) -> pd.DataFrame:
             if len(questions) > 1:
                 reference, own = study.matrices[row.reference], study.matrices[row.arm]
                 d = stats.paired_difference(reference[questions], own[questions])
-                rows.append((row.arm, row.reference, row.channel, row.rate, name,
+                rows.append((row.arm, row.reference, row.named, row.channel, row.rate, name,
                              d.estimate, d.low, d.high))
-    columns = ["arm", "reference", "channel", "rate", "difficulty", "difference", "low", "high"]
+    columns = ["arm", "reference", "named", "channel", "rate", "difficulty", "difference", "low",
+               "high"]
     return pd.DataFrame(rows, columns=columns)
 
 

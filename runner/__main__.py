@@ -228,10 +228,11 @@ class Command:
     def name_failures(self, failed: dict[str, str]) -> int:
         """Say which runs failed and where their notebooks are; returns the exit status."""
         store = dataset.shown(self.grid[0].folder.parent)
+        arms = {p.folder.name: self.study.arm_and_reference(p)[0] for p in self.grid}
         for name, message in failed.items():
             first_line = message.splitlines()[0][:300]
-            print(f"FAILED {name}: {first_line}\n       see {store}/{name}/notebook.ipynb",
-                  file=sys.stderr)
+            print(f"FAILED {name} ({arms[name]}): {first_line}\n"
+                  f"       see {store}/{name}/notebook.ipynb", file=sys.stderr)
         return int(bool(failed))
 
 

@@ -224,6 +224,10 @@ def test_differences_from_several_references_have_a_panel_each():
     assert fig.axes[1].get_xlabel() == "difference from the reference, percentage points"
     ax = plots.paired_differences(rows.assign(reference="no noise")).axes[0]
     assert ax.get_xlabel() == "difference from no noise, percentage points"
+    with_setting, named = (plots.paired_differences(rows.assign(reference="a | b", named=named)).axes[0]
+                           for named in (False, True))
+    assert with_setting.get_xlabel() == "difference from a, percentage points"
+    assert named.get_xlabel() == "difference from a | b, percentage points"
 
 
 def test_a_row_is_a_chain_of_difficulties():

@@ -117,6 +117,23 @@ def test_analysis_of_named_arms_compares_each_with_its_reference(tmp_path):
     assert "accuracy-by-arm" in figures and not figures & {"accuracy-vs-noise", "common-axis-J"}
 
 
+def test_named_arms_keep_their_names_everywhere(tmp_path):
+    arms = [{"name": "small steps"}, {"name": "large | steps", "learning_rate": 0.002, "reference": "small steps"},
+            {"name": "my noise", "label_flip_rate": 0.3, "reference": "large | steps"},
+            {"name": "half asleep", "mask_rate": 0.6, "reference": "my noise"}]
+    folder = write_study(tmp_path / "named", arms, steps=4, questions=60, unfinished={4: "failed"})
+    text, results = analyse(folder)
+    assert list(results.index) == [arm["name"] for arm in arms]
+    executed = nbformat.read(folder / "analysis.ipynb", 4)
+    shown = text + json.dumps([o.get("data", {}).get("text/html", "") for c in executed.cells
+                               for o in c.get("outputs", [])])
+    assert "Runs missing: large | steps (1 of 3)." in text and "a run of " in text
+    assert "share of the reference's gain lost" in shown
+    run_ids = "|".join(pd.read_csv(folder / "runs.csv").run_id)
+    elsewhere = re.sub(rf"{run_ids}|label_flip_rate|mask_rate", "", shown)
+    assert not re.search(r"\b(clean|flip|mask)\b 0?\.", elsewhere), "an arm is called after its noise"
+
+
 def test_analysis_of_channels_of_equal_J(tmp_path):
     levels = ["rollout", "group"]
     arms = [{"name": "clean"},
