@@ -35,6 +35,7 @@ class _Worker:
     """One Python process that runs `_serve`. It takes a pair of trees and sends back a bool."""
 
     def __init__(self, seconds: float, memory_mb: int):
+        self.seconds = seconds
         self.connection, theirs = Pipe()
         limits = map(str, (theirs.fileno(), seconds, memory_mb))
         # -P: this file's folder must not shadow other modules. A new session: Ctrl-C is for us.
@@ -55,6 +56,17 @@ class _Worker:
                 self.kill()
         if message != "ready":
             raise RuntimeError(f"the process that runs math-verify did not start: {message}")
+
+    def ask(self, pair: tuple[Tree, Tree]) -> bool | None:
+        """Return whether the trees are the same; None, and no worker any more, if that took long.
+
+        Raises EOFError or OSError if the process has died.
+        """
+        self.connection.send(pair)
+        if self.connection.poll(self.seconds):
+            return self.connection.recv()
+        self.kill()
+        return None
 
     def kill(self) -> None:
         """End the process."""
@@ -141,27 +153,38 @@ def _close(left, right) -> bool:
     return bool(difference * 10 ** (2 * size + 20) < 1)
 
 
+def _points(left, right) -> list[dict]:
+    """Return points {unknown: number}, random but the same for the same expressions.
+
+    Two of them are whole numbers, since floor and ceiling differ in nothing else.
+    """
+    from sympy import Rational
+
+    symbols = sorted(left.free_symbols | right.free_symbols, key=str)
+    draw = random.Random(f"{left} {right}")
+    points = []
+    for k in range(POINTS):
+        divisor = 1 if k in (3, 4) else 101
+        signs = [(-1) ** (k >> i) for i in range(len(symbols))]  # the binary digits of k
+        points.append({symbol: Rational(sign * draw.randint(2, 399), divisor)
+                       for symbol, sign in zip(symbols, signs, strict=True)})
+    return points
+
+
 def _values(left, right) -> list[tuple]:
     """Return the values of two expressions: one pair without unknowns, else where both are finite.
 
-    The points are random, but the same for the same expressions. Two of them are whole numbers,
-    since floor and ceiling differ in nothing else.
+    An empty list if too few of the points are left.
     """
-    from sympy import Integer, Rational, nan, zoo
+    from sympy import nan, zoo
 
-    symbols = sorted(left.free_symbols | right.free_symbols, key=str)
-    if not symbols:
+    if not left.free_symbols and not right.free_symbols:
         return [(left, right)]
-    draw, values = random.Random(f"{left} {right}"), []
-    for k in range(POINTS):
-        signs = [-1 if (k >> i) % 2 else 1 for i in range(len(symbols))]
-        divisor = Integer(1) if k in (3, 4) else Integer(101)
-        point = {symbol: Rational(sign * draw.randint(2, 399), 1) / divisor
-                 for symbol, sign in zip(symbols, signs, strict=True)}
-        pair = left.subs(point), right.subs(point)
-        if not any(value.has(nan, zoo) for value in pair):
-            values.append(pair)
-    return values if len(values) > POINTS // 2 else []
+    pairs = [(left.subs(point), right.subs(point)) for point in _points(left, right)]
+    finite = [pair for pair in pairs if not any(value.has(nan, zoo) for value in pair)]
+    if len(finite) <= POINTS // 2:
+        return []
+    return finite
 
 
 def _equal(left, right) -> bool:
@@ -171,18 +194,27 @@ def _equal(left, right) -> bool:
     return bool(values) and all(_close(*pair) for pair in values)
 
 
+def _difference(left: str, right: str):
+    return _read(left) - _read(right)
+
+
 def _same_relation(sign: str, gold: tuple[str, ...], answer: tuple[str, ...]) -> bool:
     """Whether left - right of one relation is a constant multiple of left - right of the other."""
-    left, right, other_left, other_right = map(_read, (*gold, *answer))
-    ours, theirs = left - right, other_left - other_right
+    ours, theirs = _difference(*gold), _difference(*answer)
     if not ours.free_symbols or ours.free_symbols != theirs.free_symbols:
         return False  # 0 = 0 says nothing
     ratios = [mine / its for mine, its in _values(ours, theirs)]
-    if not ratios or _close(ratios[0], ratios[0] * 0):
+    if not ratios:
         return False
-    if sign != "=" and not ratios[0].evalf(20) > 0:
+    is_zero = _close(ratios[0], ratios[0] * 0)
+    turns_the_sign = sign != "=" and not ratios[0].evalf(20) > 0
+    if is_zero or turns_the_sign:
         return False
     return all(_close(ratio, ratios[0]) for ratio in ratios)
+
+
+def _in_order(parts: tuple[Tree, ...], others: tuple[Tree, ...]) -> bool:
+    return all(same(part, other) for part, other in zip(parts, others, strict=True))
 
 
 def _in_some_order(parts: tuple[Tree, ...], others: tuple[Tree, ...]) -> bool:
@@ -200,10 +232,10 @@ def same(gold: Tree, answer: Tree) -> bool:
 
     Raises ValueError where math-verify reads nothing defined in one of them.
     """
-    if isinstance(gold, str) and isinstance(answer, str):
-        return _equal(_read(gold), _read(answer))
-    if isinstance(gold, str) or isinstance(answer, str):
+    if type(gold) is not type(answer):  # an expression and something made of parts
         return False
+    if isinstance(gold, str):
+        return _equal(_read(gold), _read(answer))
     (kind, parts), (other_kind, others) = gold, answer
     if kind != other_kind or len(parts) != len(others):
         return False
@@ -211,7 +243,7 @@ def same(gold: Tree, answer: Tree) -> bool:
         return _same_relation(kind, parts, others)
     if kind in UNORDERED:
         return _in_some_order(parts, others)
-    return all(same(part, other) for part, other in zip(parts, others, strict=True))
+    return _in_order(parts, others)
 
 
 # --- the process ----------------------------------------------------------------------------------

@@ -54,14 +54,18 @@ def last_boxed(text: str) -> str | None:
     or line end. Of two nested boxes the inner one starts last, so it wins. Linear time, no
     recursion, no error on any str.
     """
-    box = None
-    for box in _BOX.finditer(text):  # noqa: B007  (only the last match matters)
-        pass
-    if box is None:
+    ends = [box.end() for box in _BOX.finditer(text)]
+    if not ends:
         return None
-    start = box.end()
-    if text[start : start + 1] != "{":
-        return text[start : _UNBRACED_END.search(text, start).start()].strip() or None
+    start = ends[-1]
+    if text.startswith("{", start):
+        return _braced(text, start)
+    end = _UNBRACED_END.search(text, start).start()
+    return text[start:end].strip() or None
+
+
+def _braced(text: str, start: int) -> str | None:
+    """Return what is between the brace at `start` and the one that closes it, None if none does."""
     depth = 0
     for brace in _BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
@@ -104,11 +108,16 @@ _NO_LABEL = re.compile(
 """A word that changes what is said, or may: an answer that has one is compared as text only."""
 
 
+_IRREGULAR = {"halves": "half", "inches": "inch"}
+
+
 def _singular(word: str) -> str:
     word = word.lower().replace("metre", "meter").replace("litre", "liter")
-    if word in ("halves", "inches"):
-        return {"halves": "half", "inches": "inch"}[word]
-    return word[:-1] if word.endswith("s") and len(word) > 2 else word
+    if word in _IRREGULAR:
+        return _IRREGULAR[word]
+    if word.endswith("s") and len(word) > 2:
+        return word[:-1]
+    return word
 
 
 _FACTOR = re.compile(
@@ -135,7 +144,9 @@ def unit(text: str) -> str | None:
     """
     text = re.sub(r"^ *degrees? (?=[FCfc])", "", text.replace("per cent", "percent"))
     factors = [_factor(part) for part in re.split(r"/| per |-per-", text)]
-    return None if None in factors else "-per-".join(factors)
+    if None in factors:
+        return None
+    return "-per-".join(factors)
 
 
 _SIGNS = "|".join(sorted((sign for sign in UNITS if len(sign) > 1), key=len, reverse=True))
@@ -285,6 +296,7 @@ _NAME = re.compile(
     r"(?:\([a-z](?:, ?[a-z])*\))?)(?:=|\\in ?(?=[(\[]|\\\{))(?=[^=<>]+$)")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _TAIL = re.compile(r"(?: ?\\text\{[^{}]*\}(?:\^[23])?)+$")
+_HAS_VALUE = re.compile(r"[0-9]|\\pi")
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +313,16 @@ class Answer:
         if self.name:
             return f"{self.name}={self.mathematics}"
         return self.mathematics if "=" in self.mathematics else ""
+
+    @property
+    def is_percentage(self) -> bool:
+        """Whether it is labelled percent."""
+        return self.label == "percent"
+
+    @property
+    def is_number(self) -> bool:
+        """Whether the mathematics is a plain number, such as -5 or 0.5."""
+        return self.mathematics != "" and _NUMBER.fullmatch(self.mathematics) is not None
 
     @property
     def has_words(self) -> bool:
@@ -321,6 +343,18 @@ def _times(number: str, amounts: list[Fraction]) -> str:
     return "-" * (product < 0) + fraction
 
 
+def _sort_words(words: list[str]) -> tuple[list[Fraction], list[str]]:
+    """Return the amounts among words after a number, and the words that are none."""
+    amounts, others = [], []
+    for word in words:
+        amount = AMOUNTS.get(_singular(word))
+        if amount is None:
+            others.append(word)
+        else:
+            amounts.append(amount)
+    return amounts, others
+
+
 def _label(words: list[str]) -> str | None:
     """Return the label that words after a number are, None if they say more."""
     text = " ".join(words)
@@ -335,11 +369,12 @@ def _split_label(text: str) -> tuple[str, str]:
     tail = _TAIL.search(text)
     if tail is None:
         return text, ""
-    words = _TEXT.sub(r" \1", tail[0]).split()
-    amounts = [AMOUNTS[word] for word in map(_singular, words) if word in AMOUNTS]
-    label = _label([word for word in words if _singular(word) not in AMOUNTS])
+    amounts, others = _sort_words(_TEXT.sub(r" \1", tail[0]).split())
+    label = _label(others)
+    if label is None:
+        return text, ""
     number = _times(text[: tail.start()].rstrip(), amounts)
-    if label is None or not re.search(r"[0-9]|\\pi", number):
+    if not _HAS_VALUE.search(number):
         return text, ""
     return number, label
 
@@ -382,10 +417,17 @@ _UP_TO_ONE = re.compile(r"-?(?:0|\\frac|1$)")
 
 def _labels_agree(gold: Answer, answer: Answer) -> bool:
     """Whether two labels are one, or one is left out. Only a unit or one plural may be added."""
-    if not answer.label or _singular(gold.label) == _singular(answer.label):
+    if answer.label == "" or _singular(gold.label) == _singular(answer.label):
         return True
-    one_plural = answer.label.endswith("s") and " " not in answer.label
-    return not gold.label and (one_plural or unit(answer.label) is not None)
+    if gold.label:
+        return False
+    is_one_plural = answer.label.endswith("s") and " " not in answer.label
+    return is_one_plural or unit(answer.label) is not None
+
+
+def _names_agree(gold: Answer, answer: Answer) -> bool:
+    """Whether two names are one, or one is left out."""
+    return gold.name == answer.name or "" in (gold.name, answer.name)
 
 
 def _same_text(gold: Answer, answer: Answer) -> bool:
@@ -393,11 +435,12 @@ def _same_text(gold: Answer, answer: Answer) -> bool:
 
     MATH writes percentages with and without the sign: 50\% is 50, but 1\% is not 1.
     """
-    texts = [_TEXT.sub(r"\1", side.mathematics) for side in (gold, answer)]
-    if texts[0] != texts[1] or texts[0] == "":
+    ours, theirs = _TEXT.sub(r"\1", gold.mathematics), _TEXT.sub(r"\1", answer.mathematics)
+    if ours != theirs or ours == "":
         return False
-    percent = [side.label == "percent" for side in (gold, answer)]
-    return percent[0] == percent[1] or not _UP_TO_ONE.match(texts[0])
+    if gold.is_percentage == answer.is_percentage:
+        return True
+    return not _UP_TO_ONE.match(ours)
 
 
 def exact_match(gold: str, answer: str) -> bool:
@@ -407,8 +450,8 @@ def exact_match(gold: str, answer: str) -> bool:
     x=5 and y=5.
     """
     ours, theirs = take_apart(gold), take_apart(answer)
-    names = {ours.name, theirs.name} - {""}
-    return len(names) < 2 and _labels_agree(ours, theirs) and _same_text(ours, theirs)
+    may_be_one = _names_agree(ours, theirs) and _labels_agree(ours, theirs)
+    return may_be_one and _same_text(ours, theirs)
 
 
 # --- what math-verify is shown --------------------------------------------------------------------
@@ -470,14 +513,19 @@ READING = _rules(
 
 
 def _well_nested(text: str) -> bool:
-    pairs = all(text.count(left) == text.count(right) for left, right in ("{}", "()", "[]"))
-    return pairs and text.count("|") % 2 == 0 and len(re.findall(r"[({\[]", text)) <= MAX_BRACKETS
+    """Whether brackets and bars come in pairs, and the brackets are not too many."""
+    counts = [(text.count(left), text.count(right)) for left, right in ("{}", "()", "[]")]
+    opened = sum(left for left, _ in counts)
+    are_pairs = all(left == right for left, right in counts)
+    return are_pairs and text.count("|") % 2 == 0 and opened <= MAX_BRACKETS
 
 
 def _expression(text: str) -> str | None:
     """Return an expression as math-verify is to read it, None if it must not see it."""
     text = READING[0].apply(text.strip())
-    if not _KNOWN.fullmatch(text) or _MISREAD.search(text) or not _well_nested(text):
+    if not _KNOWN.fullmatch(text):
+        return None
+    if _MISREAD.search(text) or not _well_nested(text):
         return None
     for rule in READING[1:]:
         text = rule.apply(text)
@@ -509,8 +557,11 @@ def _split(text: str, separator: str) -> list[str]:
 
 
 def _node(kind: str, parts: Iterable[Tree | None]) -> Tree | None:
+    """Return the structure of this kind, None if one of its parts is None."""
     parts = tuple(parts)
-    return None if None in parts else (kind, parts)
+    if None in parts:
+        return None
+    return kind, parts
 
 
 def _matrix(rows: str) -> Tree | None:
@@ -528,7 +579,9 @@ def _relations(text: str) -> Tree | None:
         if sign in _TURNED:
             sign, left, right = _TURNED[sign], right, left
         relations.append(_node(sign, [left, right]))
-    return relations[0] if len(relations) == 1 else _node("all", relations)
+    if len(relations) == 1:
+        return relations[0]
+    return _node("all", relations)
 
 
 def _enclosed(text: str) -> tuple[str, list[str]] | None:
@@ -537,10 +590,12 @@ def _enclosed(text: str) -> tuple[str, list[str]] | None:
     if found is None or len(_split(text, ",")) > 1:
         return None
     left, inner, right = found.groups()
-    items = _split(inner, ",")
-    if left + right == r"\{\}":
+    brackets, items = left + right, _split(inner, ",")
+    if brackets == r"\{\}":
         return "set", items
-    return (left + right, items) if len(items) > 1 else None
+    if len(items) == 1:  # (5) is an expression
+        return None
+    return brackets, items
 
 
 def _item(text: str) -> Tree | None:
@@ -579,41 +634,48 @@ def structure(mathematics: str) -> Tree | None:
     return _node("set", map(_item, items))
 
 
-def _alike(gold: Tree, answer: Tree) -> bool:
+def _alike(gold: Tree | None, answer: Tree | None) -> bool:
     """Whether both are expressions, or of one kind with as many parts."""
+    if gold is None or answer is None:
+        return False
     if isinstance(gold, str) or isinstance(answer, str):
-        return isinstance(gold, str) and isinstance(answer, str)
+        return type(gold) is type(answer)
     return gold[0] == answer[0] and len(gold[1]) == len(answer[1])
 
 
 def _value(side: Answer, tree: Tree) -> Tree:
     """Return an expression as its value if it is a percentage."""
-    if side.label == "percent" and isinstance(tree, str):
+    if side.is_percentage and isinstance(tree, str):
         return rf"\frac{{{tree}}}{{100}}"
     return tree
 
 
-def _case_clash(texts: list[str]) -> bool:
+def _case_clash(text: str) -> bool:
     """Whether a letter occurs as a capital and as a small one: math-verify reads X as x."""
-    letters = set(re.sub(r"\\[A-Za-z]+", "", "".join(texts)))
+    letters = set(re.sub(r"\\[A-Za-z]+", "", text))
     return any(letter.isupper() and letter.lower() in letters for letter in letters)
+
+
+def _texts_to_compare(gold: Answer, answer: Answer) -> tuple[str, str]:
+    """Return the equations x=5 and 2x=10 with their names, but of x=5 and 5 the 5 alone."""
+    if gold.name != answer.name and gold.equation and answer.equation:
+        return gold.equation, answer.equation
+    return gold.mathematics, answer.mathematics
 
 
 def _structures(gold: Answer, answer: Answer) -> tuple[Tree, Tree] | None:
     """Return what is to be compared, None if only the exact match may decide."""
-    if gold.has_words or answer.has_words or not _labels_agree(gold, answer):
+    if gold.has_words or answer.has_words:
         return None
-    sides = (gold, answer)
-    texts = [side.mathematics for side in sides]
-    equations = [side.equation for side in sides]
-    if gold.name != answer.name and "" not in equations:
-        texts = equations  # x=5 and 2x=10; of x=5 and 5 only the 5 is compared
-    trees = [structure(text) for text in texts]
-    if None in trees or not _alike(*trees) or _case_clash(texts):
+    ours, theirs = _texts_to_compare(gold, answer)
+    if not _labels_agree(gold, answer) or _case_clash(ours + theirs):
         return None
-    if not _same_text(gold, answer):
-        trees = [_value(side, tree) for side, tree in zip(sides, trees, strict=True)]
-    return tuple(trees)
+    gold_tree, answer_tree = structure(ours), structure(theirs)
+    if not _alike(gold_tree, answer_tree):
+        return None
+    if _same_text(gold, answer):
+        return gold_tree, answer_tree
+    return _value(gold, gold_tree), _value(answer, answer_tree)
 
 
 # --- symbolic equality ----------------------------------------------------------------------------
@@ -637,8 +699,11 @@ class Grade:
     answer: str | None
 
 
-def _is_plain_number(side: Answer) -> bool:
-    return side.mathematics != "" and _NUMBER.fullmatch(side.mathematics) is not None
+def _are_two_numbers(gold: Answer, answer: Answer) -> bool:
+    r"""Whether they are plain numbers that are equal only as texts, unlike 50\% and 0.5."""
+    if gold.is_percentage or answer.is_percentage:
+        return False
+    return gold.is_number and answer.is_number
 
 
 def _without_sympy(gold: str, answer: str | None, shortcut: bool) -> Grade | tuple[Tree, Tree]:
@@ -647,14 +712,24 @@ def _without_sympy(gold: str, answer: str | None, shortcut: bool) -> Grade | tup
         return Grade(False, "unparsed", False, answer)
     exact = exact_match(gold, answer)
     settled = Grade(exact, "exact", exact, answer)
-    if max(len(gold), len(answer)) > MAX_ANSWER or (shortcut and exact):
+    if len(gold) > MAX_ANSWER or len(answer) > MAX_ANSWER:
         return settled
-    sides = take_apart(gold), take_apart(answer)
-    # Two plain numbers are equal only as texts, but for 50\% and 0.5.
-    percent = "percent" in (sides[0].label, sides[1].label)
-    if shortcut and not percent and all(map(_is_plain_number, sides)):
+    ours, theirs = take_apart(gold), take_apart(answer)
+    if shortcut and (exact or _are_two_numbers(ours, theirs)):
         return settled
-    return _structures(*sides) or settled
+    return _structures(ours, theirs) or settled
+
+
+def _check_texts(golds: Sequence[str], completions: Sequence[str]) -> None:
+    """ValueError unless these are as many strings as those."""
+    if len(golds) != len(completions):
+        raise ValueError("grade needs one gold a completion, "
+                         f"got {len(golds)} and {len(completions)}")
+    for name, texts in (("golds", golds), ("completions", completions)):
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                kind = type(text).__name__
+                raise ValueError(f"{name}[{i}] must be a string, got {kind}: {text!r:.80}")
 
 
 class Verifier:
@@ -697,14 +772,7 @@ class Verifier:
         alone. Raises ValueError when the lists differ in length or hold something other than
         strings, RuntimeError when math-verify cannot be started.
         """
-        if len(golds) != len(completions):
-            raise ValueError("grade needs one gold a completion, "
-                             f"got {len(golds)} and {len(completions)}")
-        for name, texts in (("golds", golds), ("completions", completions)):
-            for i, text in enumerate(texts):
-                if not isinstance(text, str):
-                    kind = type(text).__name__
-                    raise ValueError(f"{name}[{i}] must be a string, got {kind}: {text!r:.80}")
+        _check_texts(golds, completions)
         answers = [last_boxed(text) for text in completions]
         grades = [_without_sympy(gold, answer, shortcut)
                   for gold, answer in zip(golds, answers, strict=True)]
@@ -745,11 +813,7 @@ class Verifier:
             for _ in range(2):  # a dead worker's successor tries once more: it may not be the pair
                 worker = self._awake(worker)
                 try:
-                    worker.connection.send(pair)
-                    if worker.connection.poll(self.seconds):
-                        return worker.connection.recv()
-                    worker.kill()
-                    return None
+                    return worker.ask(pair)
                 except (EOFError, OSError):
                     worker.kill()
             return None
