@@ -113,17 +113,22 @@ def describe(parameters: Mapping[str, Any]) -> tuple[str, str, float]:
 
     parameters: those of a run, by name. If several are set, the rate is that of the last.
     """
-    reward, level = parameters["reward"], parameters["noise_level"]
     noise = _rates_in_words(parameters)
-    control = [CONTROLS[reward]] if reward in CONTROLS else []
-    if not noise and not control:
+    arms = [f"{called} {rate:g}" for called, rate in noise]
+    kinds = [called for called, _ in noise]
+    control = CONTROLS.get(parameters["reward"])
+    if control:
+        arms, kinds = [control, *arms], [control, *kinds]
+    if not kinds:
         return "clean", "clean", 0.0
+
+    arm, kind = " + ".join(arms), " + ".join(kinds)
+    level = parameters["noise_level"]
     shared = "" if level == "rollout" else f" ({level})"
-    arm = " + ".join([*control, *(f"{called} {rate:g}" for called, rate in noise)])
-    kind = " + ".join([*control, *(called for called, _ in noise)])
     if not noise:
         return arm, kind + shared, 0.0
-    return arm + shared, kind + shared, noise[-1][1]
+    last_rate = noise[-1][1]
+    return arm + shared, kind + shared, last_rate
 
 
 def _rates_in_words(parameters: Mapping[str, Any]) -> list[tuple[str, float]]:

@@ -36,20 +36,33 @@ def last_checkpoint(folder: Path, every: int) -> tuple[Path | None, list[str]]:
     to it. every: optimiser steps on one batch of rollouts (num_iterations), because TRL makes its
     rollouts anew when it resumes. ValueError if there are checkpoints and none is at such a step.
     """
-    found, logged = checkpoints(folder), logged_until(folder, every)
+    logged = logged_until(folder, every)
+    passed_over = []
+    for path in _aligned(folder, every):
+        obstacle = _obstacle(path, logged)
+        if obstacle is None:
+            return path, passed_over
+        passed_over.append(f"{path.name}: {obstacle}")
+    return None, passed_over
+
+
+def _aligned(folder: Path, every: int) -> list[Path]:
+    """The checkpoints at a multiple of `every` steps. ValueError if there are others only."""
+    found = checkpoints(folder)
     aligned = [path for path in found if step_of(path) % every == 0]
     if found and not aligned:
         steps = sorted(map(step_of, found))
         raise ValueError(f"{folder.name}: checkpoints at steps {steps} are not multiples of "
                          f"{every} (num_iterations), so none can be resumed exactly: delete the "
                          "folder to start again")
-    passed_over = []
-    for path in aligned:
-        wrong = unsealed(path)
-        if wrong:
-            passed_over.append(f"{path.name}: {', '.join(wrong)} missing, cut off or changed")
-        elif step_of(path) > logged:
-            passed_over.append(f"{path.name}: the reward log is whole up to step {logged} only")
-        else:
-            return path, passed_over
-    return None, passed_over
+    return aligned
+
+
+def _obstacle(checkpoint: Path, logged: int) -> str | None:
+    """Why a run cannot go on from this checkpoint, or None. logged: steps that have a log."""
+    wrong = unsealed(checkpoint)
+    if wrong:
+        return f"{', '.join(wrong)} missing, cut off or changed"
+    if step_of(checkpoint) > logged:
+        return f"the reward log is whole up to step {logged} only"
+    return None

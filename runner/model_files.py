@@ -76,12 +76,16 @@ def check_folder(folder: Path, kind: str = "model"):
     if (folder / weights).is_file() or (folder / f"{weights}.index.json").is_file():
         return
 
-    found = "none"
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
-    if pickles:
-        found = f"only {pickles[0]}, which could run code when it is opened"
     raise ValueError(f"{kind}={str(folder)!r}: weights are read from {weights}, and there is "
-                     f"{found}")
+                     f"{_other_weights(folder)}")
+
+
+def _other_weights(folder: Path) -> str:
+    """In words: the weights in a folder that are not read."""
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+    if not pickles:
+        return "none"
+    return f"only {pickles[0]}, which could run code when it is opened"
 
 
 def check_gguf(gguf: ModelFile):
@@ -133,7 +137,9 @@ def converted_folder(digest: str | None) -> Path | None:
     if digest is None:
         return None
     folder = MODELS / digest[:16]
-    return folder if (folder / ORIGIN).is_file() else None
+    if not (folder / ORIGIN).is_file():
+        return None
+    return folder
 
 
 def gguf_folder(gguf: ModelFile) -> Path:
@@ -159,7 +165,9 @@ def _one_at_a_time(lock: Path):
 def origin_of(folder: Path) -> dict[str, str]:
     """model_file, model_sha256 and quantisation of a converted folder; {} of any other."""
     file = folder / ORIGIN
-    return json.loads(file.read_text()) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    return json.loads(file.read_text())
 
 
 # --- converting -----------------------------------------------------------------------------------

@@ -71,8 +71,12 @@ def _apart(rows: list[dict], sample_ids: set[str]) -> tuple[list[dict], list[dic
 def drop_overlaps(rows: list[dict], held_out: Iterable[dict]) -> tuple[list[dict], list[str]]:
     """(rows whose problem does not occur in `held_out`, sample_ids of the dropped rows)."""
     problems = {row["problem"] for row in held_out}
-    kept = [row for row in rows if row["problem"] not in problems]
-    dropped = [row["sample_id"] for row in rows if row["problem"] in problems]
+    kept, dropped = [], []
+    for row in rows:
+        if row["problem"] in problems:
+            dropped.append(row["sample_id"])
+        else:
+            kept.append(row)
     return kept, dropped
 
 
@@ -86,13 +90,17 @@ def duplicates(rows: list[dict]) -> list[list[str]]:
 
 def near_overlaps(rows: list[dict], held_out: Iterable[dict]) -> list[tuple[str, str]]:
     """Pairs of sample_ids whose problems differ in white space only; reported, not dropped."""
-    by_text = {"".join(row["problem"].split()): row for row in held_out}
+    by_text = {_without_white_space(row): row for row in held_out}
     pairs = []
     for row in rows:
-        other = by_text.get("".join(row["problem"].split()))
+        other = by_text.get(_without_white_space(row))
         if other and other["problem"] != row["problem"]:
             pairs.append((row["sample_id"], other["sample_id"]))
     return pairs
+
+
+def _without_white_space(row: dict) -> str:
+    return "".join(row["problem"].split())
 
 
 # --- arithmetic: 47+8=, 52-7= and 47+?=55 ---------------------------------------------------------

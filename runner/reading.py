@@ -52,13 +52,7 @@ def read_mapping(path: Path, kind: str) -> dict[str, Any]:
     """The mapping of names to values in a YAML file. ValueError lists mistakes with their lines."""
     text = _text_of(path)
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        if root is None:  # an empty file
-            return {}
-        mistakes = [f"{path.name}:{line}: {what}" for line, what in sorted(_mistakes(root))]
-        if mistakes:
-            raise ValueError("\n".join(mistakes))
-        values = yaml.safe_load(text)
+        values = _values_in(text, path.name)
     except RecursionError:
         raise ValueError(f"{path.name}: brackets are nested too deeply for a {kind}") from None
     except yaml.reader.ReaderError as e:
@@ -70,6 +64,17 @@ def read_mapping(path: Path, kind: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path.name}:1: a {kind} is a mapping of names to values")
     return values
+
+
+def _values_in(text: str, file: str) -> Any:
+    """What a YAML text says; {} if it is empty. ValueError for what `_mistakes` finds in it."""
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if root is None:
+        return {}
+    mistakes = [f"{file}:{line}: {what}" for line, what in sorted(_mistakes(root))]
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+    return yaml.safe_load(text)
 
 
 def _text_of(path: Path) -> str:
@@ -129,20 +134,19 @@ def validate(model: type[BaseModel], values: dict, where: str) -> BaseModel:
 
 def mistakes_in_words(model: type[BaseModel], report: ValidationError) -> list[str]:
     """One sentence for each mistake that pydantic found."""
-    sentences = []
-    for error in report.errors():
-        name = ".".join(map(str, error["loc"]))
-        if error["type"] == "extra_forbidden":
-            sentences.append(f"{name!r} is not a parameter{nearest(name, model.model_fields)}")
-        elif error["type"] == "value_error":  # a sentence of our own
-            sentences.append(error["msg"].removeprefix("Value error, "))
-        elif error["type"] == "missing":
-            sentences.append(f"{name} is missing")
-        else:
-            choices = re.findall("'([^']+)'", str(error.get("ctx", {}).get("expected", "")))
-            sentences.append(f"{name}={error['input']!r}: {error['msg'].lower()}"
-                             f"{nearest(error['input'], choices)}")
-    return sentences
+    return [_in_words(error, model) for error in report.errors()]
+
+
+def _in_words(error: dict[str, Any], model: type[BaseModel]) -> str:
+    name = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        return f"{name!r} is not a parameter{nearest(name, model.model_fields)}"
+    if error["type"] == "value_error":  # a sentence of our own
+        return error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        return f"{name} is missing"
+    choices = re.findall("'([^']+)'", str(error.get("ctx", {}).get("expected", "")))
+    return f"{name}={error['input']!r}: {error['msg'].lower()}{nearest(error['input'], choices)}"
 
 
 def wrong_template(key: str, template: Any, known: Collection[str]) -> Iterator[str]:

@@ -33,33 +33,43 @@ _HELD: dict[Path, Any] = {}  # lock files that this process has open
 def status(folder: Path) -> str:
     """done, damaged (it was done), running, failed, interrupted (it can go on), or missing."""
     if (folder / "DONE").exists():
-        return "damaged" if damage(folder) else "done"
+        if damage(folder):
+            return "damaged"
+        return "done"
     if _held_elsewhere(folder):
         return "running"
     if (folder / "FAILED").exists():
         return "failed"
-    return "interrupted" if (folder / "params.json").exists() else "missing"
+    if (folder / "params.json").exists():
+        return "interrupted"
+    return "missing"
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a finished run, or None if it has the files that it finished with.
+    """What is wrong with a finished run, or None if it has the files that it finished with."""
+    other = stranger(folder)
+    if other:
+        return f"params.json is that of {other}"
+    changed = _changed_files(folder)
+    if not changed:
+        return None
+    return f"{', '.join(changed)}: missing, cut off or changed"
+
+
+def _changed_files(folder: Path) -> list[str]:
+    """Files that are not as a finished run left them.
 
     The weights of an evaluated run may be left behind (`make pack`): its tables answer all that is
     asked of it.
     """
-    other = stranger(folder)
-    if other:
-        return f"params.json is that of {other}"
-    wrong = unsealed(folder)
-    if wrong == [WEIGHTS] and _weights_left_behind(folder):
-        return None
-    if wrong == [SUMS] and not (folder / SUMS).exists():  # it finished before there were sums
-        wrong = [name for name in RECORDS if not read_json(folder / name)]
-    if not wrong and _hash_in_done(folder) != adapter_hash(folder):
-        wrong = [f"DONE or {WEIGHTS}"]
-    if not wrong:
-        return None
-    return f"{', '.join(wrong)}: missing, cut off or changed"
+    changed = unsealed(folder)
+    if changed == [WEIGHTS] and _weights_left_behind(folder):
+        return []
+    if changed == [SUMS] and not (folder / SUMS).exists():  # it finished before there were sums
+        changed = [name for name in RECORDS if not read_json(folder / name)]
+    if not changed and _hash_in_done(folder) != adapter_hash(folder):
+        return [f"DONE or {WEIGHTS}"]
+    return changed
 
 
 def _weights_left_behind(folder: Path) -> bool:
@@ -76,9 +86,12 @@ def stranger(folder: Path, name: str | None = None) -> str | None:
     The file is hashed as it stands, since 10,000 of them are read at once: what it says is checked
     when it is used.
     """
+    values = read_json(folder / "params.json")
+    if values is None:  # damaged: nothing says that it is another's
+        return None
     try:
-        there = run_name(read_json(folder / "params.json"))
-    except (KeyError, TypeError, ValueError):  # damaged: nothing says that it is another's
+        there = run_name(values)
+    except (KeyError, TypeError, ValueError):
         return None
     if there == (name or folder.name):
         return None
@@ -248,9 +261,12 @@ def _where_to_go_on(folder: Path, params: Params,
                     before: dict | None) -> tuple[Path | None, list[str]]:
     """The checkpoint to go on from, or None; and what was found to be damaged."""
     mended = []
-    if (folder / "DONE").exists() and damage(folder):
-        mended.append(f"it was done, but {damage(folder)}")
-    if (folder / SUMS).exists() and "rewards.parquet" in unsealed(folder):
+    if (folder / "DONE").exists():
+        wrong = damage(folder)
+        if wrong:
+            mended.append(f"it was done, but {wrong}")
+    log_was_sealed = (folder / SUMS).exists()
+    if log_was_sealed and "rewards.parquet" in unsealed(folder):
         (folder / "rewards.parquet").unlink(missing_ok=True)
     if before:
         checkpoint, passed_over = last_checkpoint(folder, params.num_iterations)
