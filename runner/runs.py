@@ -65,8 +65,6 @@ def _changed_files(folder: Path) -> list[str]:
     changed = unsealed(folder)
     if changed == [WEIGHTS] and _weights_left_behind(folder):
         return []
-    if changed == [SUMS] and not (folder / SUMS).exists():  # it finished before there were sums
-        changed = [name for name in RECORDS if not read_json(folder / name)]
     if not changed and _hash_in_done(folder) != adapter_hash(folder):
         return [f"DONE or {WEIGHTS}"]
     return changed
