@@ -237,25 +237,26 @@ def mean_of_names(values: pd.DataFrame, groups: list[list[str]]) -> pd.DataFrame
 
 def losses(study: Study) -> pd.DataFrame:
     """Accuracy minus that of the reference's run of the same seed: arm x (base_seed, seed)."""
+    means = {arm: matrix.mean(axis=1) for arm, matrix in study.matrices.items()}
     found = {}
     for arm, reference in study.arms["reference"].items():
-        if reference in study.matrices and reference != arm:
-            own, other = study.matrices[arm].mean(axis=1), study.matrices[reference].mean(axis=1)
-            found[arm] = (own - other).dropna()
+        if reference in means and reference != arm:
+            found[arm] = (means[arm] - means[reference]).dropna()
     return pd.DataFrame(found).T.dropna(how="all")
 
 
 def by_difficulty(study: Study) -> pd.DataFrame:
     """The difference of each arm from its reference on the questions of each difficulty."""
     difficulty = study.answers.difficulty
+    groups = difficulty.groupby(difficulty).groups
+    several = {name: questions for name, questions in groups.items() if len(questions) > 1}
     rows = []
     for row in study.results.dropna(subset="difference").itertuples():
-        for name, questions in difficulty.groupby(difficulty).groups.items():
-            if len(questions) > 1:
-                reference, own = study.matrices[row.reference], study.matrices[row.arm]
-                d = stats.paired_difference(reference[questions], own[questions])
-                rows.append((row.arm, row.reference, row.named, row.channel, row.rate, name,
-                             d.estimate, d.low, d.high))
+        reference, own = study.matrices[row.reference], study.matrices[row.arm]
+        for name, questions in several.items():
+            d = stats.paired_difference(reference[questions], own[questions])
+            rows.append((row.arm, row.reference, row.named, row.channel, row.rate, name,
+                         d.estimate, d.low, d.high))
     columns = ["arm", "reference", "named", "channel", "rate", "difficulty", "difference", "low",
                "high"]
     return pd.DataFrame(rows, columns=columns)
@@ -283,15 +284,21 @@ def pairs_of_equal_J(study: Study, distinct: list[str]) -> pd.DataFrame:
     arms = arms.assign(kind=kind, left=left)
     rows = []
     for (first, a), (second, b) in combinations(arms.iterrows(), 2):
-        apart = (a["kind"] != b["kind"]) + (a["noise_level"] != b["noise_level"])
-        alike = a["left"] == b["left"] and a["reference"] == b["reference"]
         one, other = study.matrices[first], study.matrices[second]
-        if apart == 1 and alike and len(one.index.intersection(other.index)):
+        have_common_seeds = not one.index.intersection(other.index).empty
+        if _differ_in_kind_alone(a, b) and have_common_seeds:
             d = stats.paired_difference(one, other)
             rows.append((a["left"], first, second, d.estimate, d.low, d.high, d.p))
     columns = ["J", "first", "second", "difference", "low", "high", "p"]
     table = pd.DataFrame(rows, columns=columns)
     return table.assign(p_holm=stats.holm(table["p"]))
+
+
+def _differ_in_kind_alone(a: pd.Series, b: pd.Series) -> bool:
+    """Whether two arms share J and reference, and differ in either channel or noise level."""
+    if a["left"] != b["left"] or a["reference"] != b["reference"]:
+        return False
+    return (a["kind"] != b["kind"]) != (a["noise_level"] != b["noise_level"])
 
 
 def missing_runs(study: Study) -> pd.DataFrame:
