@@ -364,15 +364,15 @@ def answer(study: Study, before: float, distinct: list[str]) -> list[str]:
         return ["No noisy arm is compared with a clean one here, so nothing is said about noise.",
                 f"Accuracy {change}{which}."]
 
-    references = compared["reference"].unique()
-    against = study.results.set_index("arm").loc[references[0]]
-    if len(references) > 1:
+    first, *others = compared["reference"].unique()
+    if others:
         return [_judged(compared, "their reference"), _largest_loss(compared, np.nan)]
-    if against["channel"] != "clean":
-        return [_judged(compared, references[0]), _largest_loss(compared, np.nan)]
-    clean = against["estimate"]
+    reference = study.results.set_index("arm").loc[first]
+    if reference["channel"] != "clean":
+        return [_judged(compared, first), _largest_loss(compared, np.nan)]
+    clean = reference["estimate"]
     return [f"Clean training lifts accuracy from {percent(before)} % to {percent(clean)} %.",
-            _tolerated(compared) or _judged(compared, references[0]),
+            _tolerated(compared) or _judged(compared, first),
             _largest_loss(compared, clean - before)]
 
 
@@ -397,18 +397,10 @@ def _judged(compared: pd.DataFrame, reference: str) -> str:
     if compared["p_holm"].isna().all():
         return "No difference can be tested, because every arm has a single seed."
     sure = compared[compared["p_holm"] < ALPHA]
-    if sure.empty:
-        return f"No arm of {len(compared)} differs significantly from {reference}."
-    above = sure.loc[sure["difference"] > 0, "arm"]
+    above = list(sure.loc[sure["difference"] > 0, "arm"])
     below = len(sure) - len(above)
-    if below == len(compared) > 1:
-        return f"All {below} different arms end significantly below {reference}."
-    end = "ends" if below == 1 else "end"
-    sentence = (f"Of {counted(len(compared), 'different arm')}, {below or 'none'} {end} "
-                f"significantly below {reference}")
-    if above.empty:
-        return sentence + ", and none above."
-    return f"{sentence}. Above it: {listed(above)}."
+    return (f"Significantly below {reference}: {below} of {counted(len(compared), 'different arm')}. "
+            f"Significantly above: {listed(above or ['none'])}.")
 
 
 def _largest_loss(compared: pd.DataFrame, gain: float) -> str:
@@ -419,6 +411,4 @@ def _largest_loss(compared: pd.DataFrame, gain: float) -> str:
     sentence = f"{name[0].upper()}{name[1:]} loses most: {percent(loss)} points"
     if not gain > 0:
         return sentence + "."
-    if loss > gain:
-        return f"{sentence}, more than the whole gain."
     return f"{sentence}, {100 * loss / gain:.0f} % of the gain."

@@ -98,7 +98,7 @@ def test_analysis_of_a_kl_weight_crossed_with_noise(tmp_path):
         clean, noisy = (results.loc[f"{a} | grpo_beta={b}"] for a in ("clean", "flip 0.4"))
         assert noisy["difference"] == pytest.approx(noisy["estimate"] - clean["estimate"], abs=1e-5)
     assert "accuracy-by-arm" in {p.stem for p in (folder / "figures").iterdir()}
-    assert "2 different arms end significantly below their reference" in text
+    assert "Significantly below their reference: 2 of 2 different arms." in text
 
 
 def test_analysis_of_named_arms_compares_each_with_its_reference(tmp_path):
