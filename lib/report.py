@@ -144,7 +144,6 @@ def join_parameters(runs: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
     trained = trained.merge(runs[known], on="run_id", how="left", validate="1:1")
     trained["setting"] = trained["setting"].fillna("not in runs.csv")
     trained["named"] = trained["named"].eq(True)
-    trained["plain"] = trained["arm"]  # without the setting
     suffix = (" | " + trained["setting"]).where(trained["setting"] != "", "")
     trained["arm"] += suffix
     trained["reference"] += suffix
