@@ -398,7 +398,8 @@ def _judged(compared: pd.DataFrame, reference: str) -> str:
     sure = compared[compared["p_holm"] < ALPHA]
     above = list(sure.loc[sure["difference"] > 0, "arm"])
     below = len(sure) - len(above)
-    return (f"Significantly below {reference}: {below} of {counted(len(compared), 'different arm')}. "
+    of_all = f"{below} of {counted(len(compared), 'different arm')}"
+    return (f"Significantly below {reference}: {of_all}. "
             f"Significantly above: {listed(above or ['none'])}.")
 
 

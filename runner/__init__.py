@@ -1,9 +1,9 @@
-"""What makes runs happen: parameters, studies, the folder of a run, data, models, engines, the sweep.
+"""What makes runs happen: parameters, studies, run folders, data, models, engines, the sweep.
 
 `python -m runner STUDY` does a whole study. `runner` imports `lib`, never the reverse.
 
-ROOT is the project. WORK is where `data/`, `models/` and `outputs/` are: the project too, unless the
-environment variable GRPO_NOISE_WORK names another folder (a scratch disk of a cluster, say).
+ROOT is the project. WORK is where `data/`, `models/` and `outputs/` are: the project too, unless
+the environment variable GRPO_NOISE_WORK names another folder (a scratch disk of a cluster, say).
 """
 
 import os
