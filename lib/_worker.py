@@ -76,6 +76,7 @@ class _Worker:
 
 
 def _kill_all(workers: set[_Worker], owner: int) -> None:
+    """End the workers of the process `owner`, if that is this one."""
     if os.getpid() == owner:  # after a fork they are the parent's
         for worker in list(workers):
             worker.kill()
@@ -87,10 +88,15 @@ def _kill_all(workers: set[_Worker], owner: int) -> None:
 _FRACTION = re.compile(r"\(*(-?)\(*(?:\\frac\{([0-9]+)\}\{([0-9]+)\}|([0-9]+))\)*")
 
 
-def _defined(expression):
+def _is_defined(*expressions) -> bool:
+    """Whether no part of them is a division by zero or the like."""
     from sympy import nan, zoo
 
-    if expression.has(nan, zoo):
+    return not any(expression.has(nan, zoo) for expression in expressions)
+
+
+def _defined(expression):
+    if not _is_defined(expression):
         raise ValueError(f"not defined: {expression}")
     return expression
 
@@ -176,18 +182,17 @@ def _values(left, right) -> list[tuple]:
 
     An empty list if too few of the points are left.
     """
-    from sympy import nan, zoo
-
-    if not left.free_symbols and not right.free_symbols:
+    if not left.free_symbols | right.free_symbols:
         return [(left, right)]
     pairs = [(left.subs(point), right.subs(point)) for point in _points(left, right)]
-    finite = [pair for pair in pairs if not any(value.has(nan, zoo) for value in pair)]
-    if len(finite) <= POINTS // 2:
+    defined = [pair for pair in pairs if _is_defined(*pair)]
+    if len(defined) <= POINTS // 2:
         return []
-    return finite
+    return defined
 
 
 def _equal(left, right) -> bool:
+    """Whether two expressions have the same values, at as many points as are defined."""
     if left == right:
         return True
     values = _values(left, right)
@@ -195,7 +200,16 @@ def _equal(left, right) -> bool:
 
 
 def _difference(left: str, right: str):
+    """Return left - right: a relation compares it with 0."""
     return _read(left) - _read(right)
+
+
+def _constant_ratio(ours, theirs):
+    """Return ours / theirs if it is one number wherever both have values, else None."""
+    ratios = [mine / its for mine, its in _values(ours, theirs)]
+    if not ratios or not all(_close(ratio, ratios[0]) for ratio in ratios):
+        return None
+    return ratios[0]
 
 
 def _same_relation(sign: str, gold: tuple[str, ...], answer: tuple[str, ...]) -> bool:
@@ -203,21 +217,19 @@ def _same_relation(sign: str, gold: tuple[str, ...], answer: tuple[str, ...]) ->
     ours, theirs = _difference(*gold), _difference(*answer)
     if not ours.free_symbols or ours.free_symbols != theirs.free_symbols:
         return False  # 0 = 0 says nothing
-    ratios = [mine / its for mine, its in _values(ours, theirs)]
-    if not ratios:
+    ratio = _constant_ratio(ours, theirs)
+    if ratio is None or _close(ratio, ratio * 0):
         return False
-    is_zero = _close(ratios[0], ratios[0] * 0)
-    turns_the_sign = sign != "=" and not ratios[0].evalf(20) > 0
-    if is_zero or turns_the_sign:
-        return False
-    return all(_close(ratio, ratios[0]) for ratio in ratios)
+    return sign == "=" or bool(ratio.evalf(20) > 0)  # -x < -1 is not x < 1
 
 
 def _in_order(parts: tuple[Tree, ...], others: tuple[Tree, ...]) -> bool:
+    """Whether the first parts are the same, the second parts, and so on."""
     return all(same(part, other) for part, other in zip(parts, others, strict=True))
 
 
 def _in_some_order(parts: tuple[Tree, ...], others: tuple[Tree, ...]) -> bool:
+    """Whether each part has a partner of its own among the others, which are as many."""
     left = list(others)
     for part in parts:
         partner = next((other for other in left if same(part, other)), None)
@@ -249,6 +261,7 @@ def same(gold: Tree, answer: Tree) -> bool:
 # --- the process ----------------------------------------------------------------------------------
 
 def _verdict(gold: Tree, answer: Tree) -> bool:
+    """Return `same`, and False where it fails. MemoryError passes."""
     try:
         return same(gold, answer)
     except MemoryError:
@@ -258,6 +271,11 @@ def _verdict(gold: Tree, answer: Tree) -> bool:
 
 
 def _serve(descriptor: str, seconds: str, memory_mb: str) -> None:
+    """Answer pairs of trees with verdicts until the parent is gone or a limit ends the process.
+
+    First it says "ready", or what kept it from starting. The arguments are those of a command
+    line: the number of the pipe's open file, CPU seconds a pair, and MiB of address space.
+    """
     import resource
 
     connection, parent = Connection(int(descriptor)), os.getppid()

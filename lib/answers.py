@@ -112,6 +112,7 @@ _IRREGULAR = {"halves": "half", "inches": "inch"}
 
 
 def _singular(word: str) -> str:
+    """Return a word in small letters, American spelling and the singular: Metres is meter."""
     word = word.lower().replace("metre", "meter").replace("litre", "liter")
     if word in _IRREGULAR:
         return _IRREGULAR[word]
@@ -125,6 +126,7 @@ _FACTOR = re.compile(
 
 
 def _factor(text: str) -> str | None:
+    """Return the name of one factor of a unit, None if it is none: sq. cm is square centimeter."""
     found = _FACTOR.fullmatch(text.strip())
     if found is None:
         return None
@@ -170,11 +172,12 @@ def _mark_words(match: re.Match) -> str:
     if match["text"] is None:
         return match[0]
     content = match["text"].rstrip(".")
-    one_letter = len(content.strip()) == 1
-    apart = match["apart"] or content.startswith(" ")
-    name = unit(content) if apart or not one_letter else None  # 5\text{ m}, but 3\text{m} is 3m
-    if name:
-        return rf"\text{{{name}}}"
+    is_letter = len(content.strip()) == 1
+    stands_apart = match["apart"] or content.startswith(" ")
+    if stands_apart or not is_letter:  # 5\text{ m} is in meters, but 3\text{m} is 3m
+        name = unit(content)
+        if name:
+            return rf"\text{{{name}}}"
     return " " + _WORD_IN_TEXT.sub(r"\\text{\g<0>}", content) + " "
 
 
@@ -195,6 +198,7 @@ class Rule(NamedTuple):
 
 
 def _rules(*rows: tuple) -> list[Rule]:
+    """Return the rules that rows of texts stand for."""
     return [Rule(name, re.compile(pattern), *rest) for name, pattern, *rest in rows]
 
 
@@ -273,19 +277,31 @@ def _plain_number(text: str) -> str:
     return "0" if digits == "-0" else digits
 
 
+def _join_thousands(answer: str) -> str:
+    """Drop the commas in large numbers; a comma that stays between digits gets a blank.
+
+    Between brackets a comma separates coordinates. Outside, groups of three digits make a large
+    number, unless a blank follows the comma.
+    """
+    has_brackets = any(bracket in answer for bracket in ("(", "[", r"\{"))
+    if not has_brackets:
+        answer = _THOUSANDS.sub(lambda number: re.sub(r"[,{}]", "", number[0]), answer)
+    return re.sub(r"(?<=[0-9]),(?=[0-9])", ", ", answer)
+
+
+def _name_degrees(answer: str) -> str:
+    r"""Write ``90^\circ`` as 90 degrees, but leave ``\cos 15^\circ``, which is not ``\cos 15``."""
+    if _TRIGONOMETRY.search(answer) or not _DEGREES.search(answer):
+        return answer
+    return _DEGREES.sub("", answer) + r"\text{degree}"
+
+
 def _spell(answer: str) -> str:
+    """Bring an answer closer to the one spelling; `take_apart` repeats it until nothing changes."""
     answer = _tidy(_WORDS.sub(_mark_words, answer.translate(_UNICODE)))
     for rule in SPELLING:
         answer = rule.apply(answer)
-    # Between brackets a comma separates coordinates. Outside, groups of three digits make a large
-    # number, unless a blank follows the comma. Every comma that stays between digits gets one.
-    if not any(bracket in answer for bracket in ("(", "[", r"\{")):
-        answer = _THOUSANDS.sub(lambda number: re.sub(r"[,{}]", "", number[0]), answer)
-    answer = re.sub(r"(?<=[0-9]),(?=[0-9])", ", ", answer)
-    # 90^\circ is 90 degrees, but \cos 15^\circ is not \cos 15.
-    if not _TRIGONOMETRY.search(answer) and _DEGREES.search(answer):
-        answer = _DEGREES.sub("", answer) + r"\text{degree}"
-    return _tidy(answer)
+    return _tidy(_name_degrees(_join_thousands(answer)))
 
 
 # --- name, mathematics, label ---------------------------------------------------------------------
@@ -489,11 +505,13 @@ _MISREAD = re.compile("|".join(pattern for _, pattern, _ in MISREAD))
 
 
 def _decimal(match: re.Match) -> str:
+    r"""Write 0.5 as ``(\frac{5}{10})``, a number that can be compared exactly."""
     whole, digits = match.groups()
     return rf"(\frac{{{int(whole + digits)}}}{{{10 ** len(digits)}}})"
 
 
 def _repeating(match: re.Match) -> str:
+    r"""Write ``0.1\overline{6}`` as the fraction that it is: 16 - 1 over 90."""
     whole, start, period = match.groups()
     numerator = int(whole + start + period) - int(whole + start)
     return rf"(\frac{{{numerator}}}{{{(10 ** len(period) - 1) * 10 ** len(start)}}})"
@@ -565,6 +583,7 @@ def _node(kind: str, parts: Iterable[Tree | None]) -> Tree | None:
 
 
 def _matrix(rows: str) -> Tree | None:
+    r"""Read what is between ``\begin{pmatrix}`` and ``\end{pmatrix}``."""
     rows = [_node("row", [_expression(cell) for cell in row.split("&")])
             for row in rows.split(r"\\")]
     return _node("matrix", rows)
@@ -636,10 +655,10 @@ def structure(mathematics: str) -> Tree | None:
 
 def _alike(gold: Tree | None, answer: Tree | None) -> bool:
     """Whether both are expressions, or of one kind with as many parts."""
-    if gold is None or answer is None:
+    if gold is None or type(gold) is not type(answer):
         return False
-    if isinstance(gold, str) or isinstance(answer, str):
-        return type(gold) is type(answer)
+    if isinstance(gold, str):
+        return True
     return gold[0] == answer[0] and len(gold[1]) == len(answer[1])
 
 
@@ -720,6 +739,12 @@ def _without_sympy(gold: str, answer: str | None, shortcut: bool) -> Grade | tup
     return _structures(ours, theirs) or settled
 
 
+def _by_verdict(gold: str, answer: str, verdict: bool | None) -> Grade:
+    """Return the grade that a worker's verdict gives; None stands for a limit that was passed."""
+    method = "timeout" if verdict is None else "symbolic"
+    return Grade(bool(verdict), method, exact_match(gold, answer), answer)
+
+
 def _check_texts(golds: Sequence[str], completions: Sequence[str]) -> None:
     """ValueError unless these are as many strings as those."""
     if len(golds) != len(completions):
@@ -757,6 +782,7 @@ class Verifier:
         self._start()
 
     def _start(self) -> None:
+        """Make room for the workers, and see to it that they end with this process."""
         self._owner = os.getpid()
         self._alive: set[_Worker] = set()
         self._slots: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
@@ -774,15 +800,16 @@ class Verifier:
         """
         _check_texts(golds, completions)
         answers = [last_boxed(text) for text in completions]
-        grades = [_without_sympy(gold, answer, shortcut)
-                  for gold, answer in zip(golds, answers, strict=True)]
-        open_pairs = list(dict.fromkeys(pair for pair in grades if isinstance(pair, tuple)))
-        verdicts = dict(zip(open_pairs, self._ask_all(open_pairs), strict=True))
-        for i, pair in enumerate(grades):
-            if isinstance(pair, tuple):
-                method = "timeout" if verdicts[pair] is None else "symbolic"
-                exact = exact_match(golds[i], answers[i])
-                grades[i] = Grade(bool(verdicts[pair]), method, exact, answers[i])
+        found = [_without_sympy(gold, answer, shortcut)
+                 for gold, answer in zip(golds, answers, strict=True)]
+        pairs = list(dict.fromkeys(pair for pair in found if isinstance(pair, tuple)))
+        verdicts = dict(zip(pairs, self._ask_all(pairs), strict=True))
+
+        grades = []
+        for gold, answer, grade in zip(golds, answers, found, strict=True):
+            if isinstance(grade, tuple):  # a pair that math-verify was asked about
+                grade = _by_verdict(gold, answer, verdicts[grade])
+            grades.append(grade)
         return grades
 
     def _ask_all(self, pairs: list[tuple[Tree, Tree]]) -> list[bool | None]:
@@ -808,6 +835,7 @@ class Verifier:
         return worker
 
     def _ask(self, pair: tuple[Tree, Tree]) -> bool | None:
+        """Return the verdict of a worker on one pair, None where a limit was passed."""
         worker = self._slots.get()
         try:
             for _ in range(2):  # a dead worker's successor tries once more: it may not be the pair
