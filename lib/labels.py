@@ -38,7 +38,7 @@ def _stacks(points: np.ndarray, sizes: np.ndarray):
 
 def _hidden(ax, dark: np.ndarray, stack: np.ndarray) -> float:
     """Return how many dark pixels a stack of labels would hide; infinite outside the axes."""
-    is_inside = all(ax.bbox.contains(*box[:2]) and ax.bbox.contains(*box[2:]) for box in stack)
+    is_inside = all(ax.bbox.contains(x, y) for x, y in stack.reshape(-1, 2))  # opposite corners
     if not is_inside:
         return np.inf
     return sum(dark[bottom:top, left:right].sum() for left, bottom, right, top in stack)

@@ -64,7 +64,7 @@ def look(channel: str) -> dict:
 
 
 def _need(frame: pd.DataFrame, *columns: str):
-    missing = [c for c in columns if c not in frame]
+    missing = sorted(set(columns) - set(frame.columns))
     if missing:
         raise ValueError(f"nothing to draw: the frame lacks the columns {missing}")
     if frame.empty:
