@@ -81,15 +81,20 @@ def update(notebook: str, folder: Path, read: str, console: Console, **parameter
 
 def fingerprint(study: studies.Study, grid: list[Params], *notebooks: str) -> str:
     """A digest of all that these notebooks read: study, finished runs, data, and their code."""
-    found = plan.statuses(grid)
-    for p in grid:
-        if found[p.folder.name] == "done":
-            found[p.folder.name] = (p.folder / "DONE").read_text()
-    sources = [*sorted((ROOT / "lib").glob("*.py")), *sorted((ROOT / "runner").glob("*.py"))]
-    sources += [ROOT / f"notebooks/{name}.ipynb" for name in notebooks]
+    sources = [*sorted(ROOT.glob("lib/*.py")), *sorted(ROOT.glob("runner/*.py")),
+               *(ROOT / f"notebooks/{name}.ipynb" for name in notebooks)]
     code = [files.sha256(path) for path in sources]
     data = sorted({dataset.data_hash(p.data_dir) for p in grid})
-    return files.digest([study.model_dump(), found, data, code], 64)
+    return files.digest([study.model_dump(), _states(grid), data, code], 64)
+
+
+def _states(grid: list[Params]) -> dict[str, str]:
+    """{run_id: status} of a grid; of finished runs, what DONE says instead."""
+    states = plan.statuses(grid)
+    for p in grid:
+        if states[p.folder.name] == "done":
+            states[p.folder.name] = (p.folder / "DONE").read_text()
+    return states
 
 
 # Of jupyterlab's page: no script from elsewhere, and figures with the words that describe them.

@@ -113,9 +113,10 @@ def status_of(folder: Path) -> str:
 def statuses(grid: list[Params]) -> dict[str, str]:
     """{run_id: status} of a grid. Folders that are not there are not looked into."""
     store = grid[0].folder.parent
-    there = set(os.listdir(store)) if store.exists() else set()
     found = {p.folder.name: "missing" for p in grid}
-    for name in there.intersection(found):
+    if not store.exists():
+        return found
+    for name in found.keys() & os.listdir(store):
         found[name] = status_of(store / name)
     return found
 
@@ -155,9 +156,14 @@ def print_plan(study: Study, grid: list[Params], out: TextIO):
     for p in grid:
         arm, _ = study.arm_and_reference(p)
         rows.append((p.folder.name, arm, str(p.seed), str(p.base_seed), found[p.folder.name]))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        print("  ".join(cells).rstrip(), file=out)  # rich would take seconds for 10,000 of them
+    _print_columns(rows, out)
     count = ", ".join(f"{n} {status}" for status, n in Counter(found.values()).most_common())
     print(f"runs: {len(grid)}; {count}", file=out)
+
+
+def _print_columns(rows: list[tuple[str, ...]], out: TextIO):
+    """Print a table of texts. (rich would take seconds for 10,000 rows.)"""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = map(str.ljust, row, widths)
+        print("  ".join(cells).rstrip(), file=out)
