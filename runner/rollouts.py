@@ -28,7 +28,7 @@ from runner.engines import BASE
 PATIENCE = 600  # seconds that a run waits for a server which is being started again
 AT_ONCE = 512  # requests in flight from one client
 SILENT = 1e-3  # an adapter whose largest weight in B is above this must change some probability
-NEAR = 0.3  # largest mean difference of log-probabilities between the same base policy in two programs
+NEAR = 0.3  # largest mean difference of log-probabilities of one policy in two programs
 
 
 # --- the client -----------------------------------------------------------------------------------

@@ -206,7 +206,7 @@ class NodeServers:
     def __init__(self, serving: Serving, memory: float, logs: Path, gpus: list[str] | None):
         """Start a server on each of `gpus`; None is all that the node has."""
         if gpus is None:
-            os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray hides what this actor did not ask for
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray hides what nobody asked for
             gpus = [index for [index] in engines.gpu_query("index")]
         node = os.uname().nodename
         self.servers = [Server(serving, logs / f"{node}-{gpu or 0}.log", memory, gpu)
