@@ -241,7 +241,7 @@ def _with_box(text: str, what: str) -> str:
         raise ValueError(f"{what} has nothing behind its last ####, so there is no gold answer")
     if "\n" in answer:
         raise ValueError(f"{what} has several lines and neither \\boxed{{...}} nor a last line "
-                         "#### ANSWER: name the field of the final answer with -p answer_field NAME")
+                         "#### ANSWER: name the field of the answer with -p answer_field NAME")
     box = f"\\boxed{{{answer}}}"
     if last_boxed(box) != answer:
         raise ValueError(f"{what}: the braces of {answer[:80]!r} do not match")
