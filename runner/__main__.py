@@ -5,6 +5,7 @@ Whatever is up to date is left alone. `make study` calls this.
 
 import argparse
 import os
+import subprocess
 import sys
 
 import pandas as pd
@@ -50,6 +51,12 @@ signals:
   Ctrl-C or SIGTERM stops the running runs and says what is left; a second one
   ends at once.
 
+the end:
+  --on-done 'mail -s "$STUDY ended: $STATUS" me@example.org < /dev/null'
+                   runs in a shell when the command ends: done, failed or
+                   stopped. STUDY is the study, STATUS the exit status, and
+                   FOLDER where tables and figures are.
+
 exit status:
   0  all runs are done     1  a run failed     130  stopped by a signal
   2  something was refused before a run began
@@ -92,6 +99,8 @@ def command_line() -> argparse.ArgumentParser:
             ("--runs-only", "execute the runs; no evaluation, no analysis"),
             ("--report", "evaluate and analyse what is finished; execute no run")):
         part.add_argument(option, action="store_const", dest="part", const=option, help=text)
+    parser.add_argument("--on-done", metavar="COMMAND", action=Once,
+                        help="a shell command for the end, however it comes: see below")
     where = parser.add_argument_group("where, and how many at once")
     where.add_argument("--address", metavar="HOST:PORT", action=Once,
                        help="a Ray cluster that is there; without it, Ray starts here and ends "
@@ -119,6 +128,14 @@ def main(argv=None) -> int:
     os.chdir(ROOT)
     width = None if sys.stdout.isatty() else 80
     console = Console(width=width, soft_wrap=True, markup=False, highlight=False)
+    status = do_command(args, console)
+    if args.on_done:
+        on_done(args.on_done, args, status)
+    return status
+
+
+def do_command(args: argparse.Namespace, console: Console) -> int:
+    """Do what the options say; returns the exit status."""
     try:
         return Command(args, console).do(args.part)
     except KeyboardInterrupt:
@@ -129,6 +146,15 @@ def main(argv=None) -> int:
     except (ValueError, RuntimeError, OSError) as e:
         print(e, file=sys.stderr)
         return 2
+
+
+def on_done(command: str, args: argparse.Namespace, status: int):
+    """Run the user's command for the end. That it fails changes no exit status, and is said."""
+    folder = studies.folder_of(args.study, args.profile)
+    about = {"STUDY": args.study, "STATUS": str(status), "FOLDER": str(folder)}
+    ended = subprocess.run(command, shell=True, env=os.environ | about)
+    if ended.returncode:
+        print(f"--on-done ended with status {ended.returncode}: {command}", file=sys.stderr)
 
 
 class Command:

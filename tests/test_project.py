@@ -176,6 +176,16 @@ def test_the_readme_names_what_exists():
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
 
 
+def test_the_start_page_opens_the_headline_study_and_lists_all():
+    text = (ROOT / "notebooks/START.md").read_text()
+    studies = re.findall(r"\]\(\.\./outputs/([\w.-]+)/04_analysis\.ipynb\)", text)
+    headline = re.search(r"outputs/([\w.-]+)/figures", (ROOT / "README.md").read_text())[1]
+    assert studies[0] == headline
+    tracked = subprocess.run(["git", "ls-files", "outputs/*/04_analysis.ipynb"], cwd=ROOT, capture_output=True,
+                             text=True).stdout.split()
+    assert set(studies[1:]) == {path.split("/")[1] for path in tracked}
+
+
 def test_pages_that_the_readme_links_are_on_the_site():
     conf = runpy.run_path(str(ROOT / "docs/conf.py"))
     links = re.findall(r"\]\((?!http)([^)#]+\.(?:md|ipynb))", (ROOT / "README.md").read_text())

@@ -126,6 +126,18 @@ def test_the_dry_run_names_the_cells_and_the_next_command(work):
     assert f"Next: python -m runner {work}/two.yaml --profile tiny\n" in process.stdout
 
 
+@pytest.mark.parametrize("study, part, status", [("two.yaml", "--dry-run", 0), ("nosuch", "--runs-only", 2)])
+def test_a_command_for_the_end(work, study, part, status):
+    name = str(work / study) if study.endswith("yaml") else study
+    process = subprocess.run([sys.executable, "-m", "runner", name, part, "--on-done",
+                              "echo ended: $STATUS $STUDY $FOLDER; exit 3"], cwd=ROOT, text=True,
+                             env=os.environ | {"GRPO_NOISE_WORK": str(work)}, capture_output=True)
+    assert process.returncode == status
+    folder = work.resolve() / "outputs" / study.removesuffix(".yaml")
+    assert f"ended: {status} {name} {folder}" in process.stdout.splitlines()
+    assert "--on-done ended with status 3: echo ended" in process.stderr
+
+
 def test_a_profile_given_twice_is_refused(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["flip", "--profile", "tiny", "--profile", "smol"])
