@@ -56,6 +56,7 @@ html_theme = "sphinx_book_theme"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
+html_use_index = False
 html_show_copyright = False
 html_theme_options = {"use_download_button": False, "use_fullscreen_button": False, "show_navbar_depth": 1,
                       "home_page_in_toc": True, "show_toc_level": 2, "navbar_start": [], "navbar_center": [],
@@ -63,16 +64,42 @@ html_theme_options = {"use_download_button": False, "use_fullscreen_button": Fal
 html_js_files = ["site.js"]
 
 
+# Pages by the names that texts give them in code type: 03_eval, appendix/audit, docs/results.md, with and without ends.
+NAMED = {}
+for source in [*SHOWN, *HELPERS, *DOCS]:
+    whole = source.removesuffix("/")
+    for name in (whole, whole.removeprefix("notebooks/")):
+        NAMED[name] = NAMED[name.removesuffix(".ipynb")] = SHOWN.get(source, source)
+del NAMED["helpers"], NAMED["notebooks/helpers"]  # folders
+# What stays as it is: blocks of code, headings, links.
+AS_IT_IS = re.compile(r"(^```.*?^```$|^#[^\n]*$|\[[^\]\n]*\]\([^)\n]*\))", re.M | re.S)
+IN_CODE_TYPE = re.compile(r"(?<!`)`([\w./-]+)`(?!`)")
+
+
+def with_links(text: str, page: Path, rendered: bool = False) -> str:
+    """Markdown in which the names of other pages are links. rendered: to .html, where Sphinx does not look."""
+    def link(match):
+        if match[1] not in NAMED:
+            return match[0]
+        target = Path(NAMED[match[1]])
+        own = page.parent / target.name  # of the same study
+        target = own if own.as_posix() in include_patterns else target
+        if target == page:
+            return match[0]
+        target = target.with_suffix(".html") if rendered else target
+        return f"[{match[0]}]({os.path.relpath(target, page.parent)})"
+
+    parts = AS_IT_IS.split(text)
+    return "".join(part if i % 2 else IN_CODE_TYPE.sub(link, part) for i, part in enumerate(parts))
+
+
 def analysis(cells: list[dict], study: str) -> list[dict]:
-    """An analysis opens with its computed title; what is about code is left out, and the code of results is folded.
+    """An analysis opens with its computed title, and what is about code is left out.
 
     A study that repeats another has the other's title, so its own name stands behind it.
     """
     shown = [c for c in cells if c.get("outputs") or c["cell_type"] == "markdown"
              and "about-code" not in c["metadata"].get("tags", [])]
-    for cell in shown:
-        if cell["cell_type"] == "code":
-            cell["metadata"]["tags"] = ["hide-input"]
     heading = "".join(shown[0]["outputs"].pop(0)["data"]["text/markdown"])
     if study.endswith("-again"):
         heading += f" ({study})"
@@ -80,11 +107,16 @@ def analysis(cells: list[dict], study: str) -> list[dict]:
 
 
 def notebook(text: str, page: str) -> str:
-    """A rendered notebook says which study it is of and has no progress bars."""
+    """A rendered notebook: its code is folded, pages are linked, it says its study, and it has no progress bars."""
     found = json.loads(text)
     for cell in found["cells"]:
-        if cell["cell_type"] == "code":
-            cell["outputs"] = [o for o in cell["outputs"] if WIDGET not in o.get("data", {})]
+        if cell["cell_type"] == "markdown":
+            cell["source"] = with_links("".join(cell["source"]), Path(page))
+            continue
+        cell["metadata"]["tags"] = ["hide-input"]
+        cell["outputs"] = [o for o in cell["outputs"] if WIDGET not in o.get("data", {})]
+        for data in [o["data"] for o in cell["outputs"] if "text/markdown" in o.get("data", {})]:
+            data["text/markdown"] = with_links("".join(data["text/markdown"]), Path(page), rendered=True)
     if page in STUDIES:
         found["cells"] = analysis(found["cells"], page.split("/")[1])
     elif page.startswith("outputs/"):
@@ -102,6 +134,8 @@ def prepare(app, docname, source):
     page = Path(app.env.doc2path(docname)).relative_to(ROOT)
     if page.suffix == ".ipynb":
         source[0] = notebook(source[0], page.as_posix())
+    else:
+        source[0] = with_links(source[0], page)
 
     def link(match):
         target = os.path.normpath(page.parent / match[1])
@@ -115,13 +149,25 @@ def prepare(app, docname, source):
 
 
 def finish(app, error):
-    """Fail if a page would load a script, style, font or image from elsewhere; the front page is also index.html."""
+    """Check all pages; the front page is also index.html."""
     if error is None:
         for page in Path(app.outdir).rglob("*.html"):
-            found = re.search(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=\"(?:https?:)?//[^\"]+", page.read_text())
-            if found:
-                raise RuntimeError(f"{page.name} loads something from elsewhere: {found[0]}")
+            check(page, page.relative_to(app.outdir).with_suffix("").as_posix() in app.env.found_docs)
         shutil.copy(Path(app.outdir) / f"{root_doc}.html", Path(app.outdir) / "index.html")
+
+
+def check(page: Path, is_ours: bool):
+    """RuntimeError if a page loads something from elsewhere, or if one of ours lacks what every page has."""
+    text = page.read_text()
+    found = re.search(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=\"(?:https?:)?//[^\"]+", text)
+    if found:
+        raise RuntimeError(f"{page.name} loads something from elsewhere: {found[0]}")
+    if is_ours and "bd-sidebar-secondary" not in text:
+        raise RuntimeError(f"{page.name} has no contents beside it: give the page headings of the second level")
+    if is_ours and "theme-switch-button" not in text:
+        raise RuntimeError(f"{page.name} cannot be made dark")
+    if text.count("cell_input") != text.count("tag_hide-input"):
+        raise RuntimeError(f"{page.name} shows code that is folded elsewhere")
 
 
 def setup(app):

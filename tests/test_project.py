@@ -192,6 +192,18 @@ def test_pages_that_the_readme_links_are_on_the_site():
     assert links and set(links) - set(conf["include_patterns"]) - set(conf["SHOWN"]) == set()
 
 
+def test_names_of_pages_become_links_on_the_site():
+    with_links = runpy.run_path(str(ROOT / "docs/conf.py"))["with_links"]
+    text = ("## `03_eval`\n`03_eval`, `lib.noise`, [`01_data`](x.md), `docs/gpu.md`, `appendix/audit`\n"
+            "```\n`03_eval`\n```\n")
+    assert with_links(text, Path("outputs/channels/04_analysis.ipynb")) == (
+        "## `03_eval`\n[`03_eval`](03_eval.ipynb), `lib.noise`, [`01_data`](x.md), [`docs/gpu.md`](../../docs/gpu.md), "
+        "[`appendix/audit`](audit.ipynb)\n```\n`03_eval`\n```\n")  # those of the same study
+    assert with_links("`01_data`", Path("docs/gpu.md")) == "[`01_data`](../outputs/tiny/01_data.ipynb)"
+    assert with_links("`docs/gpu.md`", Path("docs/gpu.md")) == "`docs/gpu.md`"
+    assert with_links("`03_eval`", Path("docs/gpu.md"), rendered=True) == "[`03_eval`](../outputs/tiny/03_eval.html)"
+
+
 def imports(path: Path) -> set[str]:
     """Dotted names of the modules that a file imports, wherever in the file."""
     found = set()

@@ -9,3 +9,14 @@ document.addEventListener("DOMContentLoaded", () => {
     link.append(image);
   }
 });
+
+// A table with long texts in three columns or more: on a phone it is a list, and each cell needs its column's name.
+document.addEventListener("DOMContentLoaded", () => {
+  for (const table of document.querySelectorAll(".bd-article table.table")) {
+    const names = [...table.querySelectorAll("thead th")].map((th) => th.textContent.trim());
+    const cells = [...table.querySelectorAll("tbody td")];
+    if (names.length < 3 || !cells.some((td) => td.textContent.length > 60)) continue;
+    table.classList.add("sentences");
+    for (const td of cells) td.dataset.column = names[td.cellIndex];
+  }
+});
