@@ -61,6 +61,10 @@ HUB_COPIES = {
 }
 SOURCES = (*GENERATED, *HUB_COPIES)
 GSM8K_FIELDS = Fields("question", "answer")
+# parameter -> kinds of sources that make use of it
+USED_BY = {"math_dir": ["math"], "n_train": ["generated"], "n_test": ["generated", "own"],
+           **{f"{field}_field": ["own"] for field in Fields._fields}}
+WORDS = {"math": "MATH", "generated": "generated problems", "own": "problems of your own"}
 TEST_SHARE = 0.1  # of one's own problems, if no part of them is for testing
 FEWEST = 20  # problems that can be shared out to training, validation and test
 SPLIT_FILES = {"train": "train_split.jsonl", "validation": "validation_split.jsonl",
@@ -162,8 +166,9 @@ def make_dataset(source: str, data_dir: str | Path | None = None,
     Everything is written to a temporary folder beside it, which is renamed at the end: an error
     leaves no output and keeps the data that were there. Other people's folders are never replaced.
     """
+    _check_request(source, {"math_dir": math_dir, "n_train": n_train, "n_test": n_test}
+                   | field_names)
     named = {name.removesuffix("_field"): field for name, field in field_names.items() if field}
-    _check_request(source, math_dir, n_train, n_test, named)
     out = data_folder(data_dir or _own_name(source))
     _refuse_foreign(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -237,27 +242,21 @@ def _sizes(source: str, n_train: int | None, n_test: int | None) -> dict[str, in
     return sizes
 
 
-def _check_request(source: str, math_dir: str | Path | None, n_train: int | None,
-                   n_test: int | None, fields: dict[str, str]):
-    """ValueError for a source that is unknown, or for what it makes no use of."""
-    own = source not in SOURCES
-    if own:
+def _check_request(source: str, given: dict[str, object]):
+    """ValueError for a source that is unknown, or for a parameter that it makes no use of.
+
+    given: the other parameters, by name; None is not given.
+    """
+    kind = "generated" if source in GENERATED else source
+    if source not in SOURCES:
+        kind = "own"
         _check_own(source)
-    if "://" in str(math_dir):
+    if "://" in str(given["math_dir"]):  # it may hold a password: it is not repeated
         raise ValueError("math_dir is an address: give a local folder")
-    if source != "math" and math_dir is not None:
-        reads = "is generated and reads no folder" if source in GENERATED else "is not MATH"
-        raise ValueError(f"math_dir is for source='math': {source} {reads}")
-    if source not in GENERATED:
-        if n_train is not None:
-            raise ValueError(f"n_train={n_train} is for generated problems: of {source}, all are "
-                             "taken")
-        if n_test is not None and not own:
-            raise ValueError(f"n_test={n_test} is for generated problems and for files of your "
-                             f"own: of {source}, all are taken")
-    if fields and not own:
-        raise ValueError(f"{next(iter(fields))}_field is for a file or folder of your own: the "
-                         f"fields of {source} are known")
+    for name, value in given.items():
+        if value is not None and kind not in USED_BY[name]:
+            raise ValueError(f"{name} is for {' and '.join(map(WORDS.get, USED_BY[name]))}: "
+                             f"source={source!r} makes no use of it")
 
 
 def _check_own(source: str):

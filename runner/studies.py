@@ -190,13 +190,12 @@ def repeated(cells: list[Cell]) -> Iterator[str]:
 def without_reference(cells: list[Cell]) -> Iterator[str]:
     """A sentence for each name that arms are compared with and that no arm has."""
     named = [cell for cell in cells if cell.name]
+    unnamed = {arm_of(cell.params) for cell in cells if not cell.name}
     names = {cell.name for cell in named}
     compared = {cell.reference: cell.name for cell in named}  # reference -> an arm
-    has_clean_without_name = any(not cell.name and arm_of(cell.params) == "clean"
-                                 for cell in cells)
     for reference in sorted(compared.keys() - names):
         what = f"{compared[reference]!r} is compared with {reference!r}"
-        if reference == "clean" and has_clean_without_name:
+        if reference == "clean" and "clean" in unnamed:
             yield (f"{what}, and the arm without noise has no name: give it `name: clean`, or set "
                    "`reference` to the name of another arm")
         else:
@@ -212,16 +211,17 @@ def arm_of(params: Params) -> str:
 
 def compared_with_nothing(study: Study, grid: list[Params]) -> str:
     """A sentence on the arms without a name that no clean arm can be compared with, or ""."""
-    unnamed = [params for params in grid if run_id(params) not in study.names]
-    have_clean = {_setting(params) for params in unnamed if arm_of(params) == "clean"}
-    lone = {arm_of(params): None for params in unnamed if _setting(params) not in have_clean}
+    by_setting: dict[tuple, dict[str, None]] = {}  # setting -> its arms, in order
+    for params in grid:
+        if run_id(params) not in study.names:
+            by_setting.setdefault(_setting(params), {})[arm_of(params)] = None
+    lone = [arm for arms in by_setting.values() if "clean" not in arms for arm in arms]
     if not lone:
         return ""
-    first, *others = lone
-    which = first if not others else f"{first} and {len(others)} more"
-    return (f"No arm without noise has the other parameters of {which}, so nothing is said about "
-            "what noise costs there: add such an arm ({}), or give arms a name and a reference "
-            "(docs/studies.md).")
+    more = f" and {len(lone) - 1} more" if len(lone) > 1 else ""
+    return (f"No arm without noise has the other parameters of {lone[0]}{more}, so nothing is said "
+            "about what noise costs there: add such an arm ({}), or give arms a name and a "
+            "reference (docs/studies.md).")
 
 
 def _setting(params: Params) -> tuple:

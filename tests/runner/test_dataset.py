@@ -427,7 +427,7 @@ def test_contradictory_parameters(parts, tmp_path):
     with pytest.raises(ValueError, match="source='gsm9k' is no file or folder.*did you mean 'gsm8k'.*arithmetic, op"):
         make_dataset("gsm9k", tmp_path / "x")
     for source in GENERATED:
-        with pytest.raises(ValueError, match=f"math_dir is for source='math': {source} is generated"):
+        with pytest.raises(ValueError, match=f"math_dir is for MATH: source='{source}' makes no use"):
             make_dataset(source, tmp_path / "x", parts)
 
 

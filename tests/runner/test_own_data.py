@@ -121,11 +121,11 @@ def test_a_folder_that_names_its_test_problems_keeps_them(tmp_path):
     ({"source": "docs"}, "source='docs': the folder has no .jsonl, .json, .parquet file"),
     ({"source": "MINE"}, "mine.jsonl holds 5 problems: at least 20 are needed"),
     ({"source": "MANY", "n_test": 51}, "n_test=51: give a number from 1 to half of the 100 problems"),
-    ({"source": "MANY", "n_train": 5}, "n_train=5 is for generated problems"),
-    ({"source": "MANY", "math_dir": "x"}, "math_dir is for source='math'"),
+    ({"source": "MANY", "n_train": 5}, "n_train is for generated problems: source="),
+    ({"source": "MANY", "math_dir": "x"}, "math_dir is for MATH: source="),
     ({"source": "NAMESAKE", "data_dir": None}, "'math' is also the name of a source of this project"),
-    ({"source": "gsm8k", "n_test": 5}, "n_test=5 is for generated problems and for files of your own: of gsm8k"),
-    ({"source": "arithmetic", "problem_field": "q"}, "problem_field is for a file or folder of your own"),
+    ({"source": "gsm8k", "n_test": 5}, "n_test is for generated problems and problems of your own: source='gsm8k'"),
+    ({"source": "arithmetic", "problem_field": "q"}, "problem_field is for problems of your own: source='arithmetic'"),
 ])
 def test_a_request_that_makes_no_sense_is_refused_before_anything_is_written(tmp_path, given, message):
     write_jsonl(tmp_path / "mine.jsonl", [{"problem": str(i), "answer": i} for i in range(5)])
