@@ -1,7 +1,7 @@
 """Two studies or two runs side by side: parameters that differ, results, and a figure.
 
     python -m runner compare flip flip-smol
-    python -m runner compare clean-s0-367b7ffe flip-0.4-s0-0d2d5f8c
+    python -m runner compare clean-s0-367b7ffe flip-0.4-s0-f0c76836
 
 A study is the name of its folder in outputs/, a run its id; both may be paths of folders. Of a run
 that only a study's tables know, such as a published one, these tables are read.
@@ -162,10 +162,10 @@ def over_seeds(accuracies: pd.DataFrame | None, is_run: bool) -> tuple[float, fl
     if accuracies is None:
         return np.nan, np.nan, np.nan
     if is_run:
-        return over_questions(accuracies.to_numpy()[0])
-    found = stats.mean_interval(accuracies.to_numpy())
-    low, high = np.clip([found.low, found.high], 0, 1)
-    return found.estimate, low, high
+        estimate, low, high = over_questions(accuracies.to_numpy()[0])
+    else:
+        estimate, low, high, _ = stats.mean_interval(accuracies.to_numpy())
+    return estimate, *np.clip([low, high], 0, 1)
 
 
 def paired(one: pd.DataFrame | None, other: pd.DataFrame | None,
