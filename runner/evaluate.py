@@ -6,6 +6,7 @@ the folder of its weights, or None for the base policy.
 """
 
 import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -22,7 +23,7 @@ from datasets import disable_progress_bars
 from transformers.utils import logging as transformers_logging
 
 from lib import report
-from runner import engines, parameters, policies, rewardlog, runs
+from runner import engines, files, parameters, policies, rewardlog, runs
 from runner.engines import BASE
 from runner.rollouts import AT_ONCE, request_seed
 
@@ -68,18 +69,28 @@ class Served:
         self.length = max(params.max_completion_length for params in of)
         self.stop = list(stop_token_ids)
         self.loaded: Path | None = None
+        self.process = secrets.token_hex(2)
 
     def _use(self, adapter: Path | None) -> str:
-        """Have all servers know this adapter; returns its name."""
-        if self.loaded and adapter and adapter != self.loaded:
+        """Have all servers know this adapter; returns its name there."""
+        if adapter is None:
+            return BASE
+        if adapter != self.loaded:
+            self._forget()
             for client in self.clients:
-                client.unload(_served_name(self.loaded))
-            self.loaded = None
-        if adapter and not self.loaded:
-            for client in self.clients:
-                client.load(_served_name(adapter), adapter)
+                client.load(self._name(adapter), adapter)
             self.loaded = adapter
-        return _served_name(adapter)
+        return self._name(adapter)
+
+    def _forget(self):
+        if self.loaded:
+            for client in self.clients:
+                client.unload(self._name(self.loaded))
+            self.loaded = None
+
+    def _name(self, adapter: Path) -> str:
+        """A name that no other adapter and no other evaluation has."""
+        return f"evaluation-{self.process}-{files.digest(str(adapter))}"
 
     def ask(self, adapter, prompts, k, temperature):
         name = self._use(adapter)
@@ -101,14 +112,8 @@ class Served:
         return self.clients[0].score(name, self.tokenizer(prompt)["input_ids"])
 
     def close(self):
+        self._forget()
         self.stack.close()
-
-
-def _served_name(adapter: Path | None) -> str:
-    """The name under which a server knows an adapter, or the base policy."""
-    if adapter is None:
-        return BASE
-    return f"evaluation-of-{adapter.parent.name}"
 
 
 def start(engine: str, policy, tokenizer, of: list[parameters.Params], seed: int):

@@ -26,6 +26,7 @@ from runner import engines
 from runner.engines import BASE
 
 PATIENCE = 600  # seconds that a run waits for a server which is being started again
+FINAL_ONLY = 2  # vLLM's RequestOutputKind: else it answers with those that end last, not with all n
 AT_ONCE = 512  # requests in flight from one client
 SILENT = 1e-3  # an adapter whose largest weight in B is above this must change some probability
 NEAR = 0.3  # largest mean difference of log-probabilities of one policy in two programs
@@ -81,7 +82,7 @@ class Client:
     def complete(self, model: str, prompt_ids: list[int], **sampling) -> list[Completion]:
         """Complete one prompt. sampling: vLLM's SamplingParams, such as n, seed, max_tokens."""
         body = {"model": model, "token_ids": prompt_ids,
-                "sampling_params": {"detokenize": False, **sampling}}
+                "sampling_params": {"detokenize": False, "output_kind": FINAL_ONLY, **sampling}}
         choices = self._send("POST", "/inference/v1/generate", json=body)["choices"]
         ordered = sorted(choices, key=lambda choice: choice["index"])
         return [Completion(choice["token_ids"], _logprobs(choice)) for choice in ordered]

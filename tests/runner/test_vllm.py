@@ -102,6 +102,16 @@ def test_samples_follow_the_seed_and_differ_within_a_question(engine):
     assert first[:2] == engine.ask(None, PROMPTS[:2], 4, 1.0)  # whatever else is asked for
 
 
+def test_completions_that_end_at_different_times_all_come_back(client, params):
+    """Left alone, vLLM answers with those that end last."""
+    model, tokenizer = policies.load_policy(params, "transformers")
+    stops = list(range(8))  # about half of the vocabulary: completions end early, and not together
+    found = client.complete(BASE, tokenizer(PROMPTS[0])["input_ids"], n=16, seed=1, max_tokens=8, temperature=1.0,
+                            stop_token_ids=stops)
+    assert len(found) == 16 and len({len(completion.ids) for completion in found}) > 2
+    assert all(completion.ids[-1] in stops for completion in found if len(completion.ids) < 8)
+
+
 def test_what_vllm_refuses_is_said_in_words(served, client, params, adapters, tmp_path):
     with pytest.raises(RuntimeError, match="refuses the key: set GRPO_NOISE_ROLLOUT_KEY"):
         rollouts.Client(served.url, "wrong").models()
