@@ -68,7 +68,7 @@ def test_planning_reads_each_input_once(work, monkeypatch):
     class Planned(Exception):
         """Everything before Ray is done."""
 
-    def connected(address):
+    def connected(address, gpus=None):
         raise Planned
 
     for module, name in ((dataset, "data_hash"), (runs, "check_inputs"), (runs, "status"),
