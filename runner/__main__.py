@@ -22,6 +22,7 @@ from runner import (
     results,
     studies,
     sweep,
+    targets,
 )
 
 MANUAL = """
@@ -29,6 +30,8 @@ examples:
   python -m runner flip --dry-run        the runs of params/studies/flip.yaml
   python -m runner flip                  do them, evaluate and analyse
   python -m runner flip --profile smol --gpus-per-run 0.25
+  python -m runner clean-s0-1c2f9a03 --report
+                                         evaluate one run, or several: ID,ID,FOLDER
   python -m runner flip --address 10.0.0.7:6379
                                          on a Ray cluster; inside it: auto
   sbatch scripts/slurm.sh flip --profile smol
@@ -89,7 +92,8 @@ def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m runner", description=__doc__, epilog=MANUAL,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", help="name or file of a study in params/studies")
+    parser.add_argument("study", help="name or file of a study in params/studies; for --report "
+                                      "also runs, by id or folder, separated by commas")
     parser.add_argument("--profile", default="tiny", action=Once, metavar="NAME",
                         help="hardware and model: a name in params/profiles (tiny)")
     group = parser.add_argument_group("only a part of it")
@@ -150,7 +154,7 @@ def do_command(args: argparse.Namespace, console: Console) -> int:
 
 def on_done(command: str, args: argparse.Namespace, status: int):
     """Run the user's command for the end. That it fails changes no exit status, and is said."""
-    folder = studies.folder_of(args.study, args.profile)
+    folder = targets.folder_of(args.study, args.profile)
     about = {"STUDY": args.study, "STATUS": str(status), "FOLDER": str(folder)}
     ended = subprocess.run(command, shell=True, env=os.environ | about)
     if ended.returncode:
@@ -164,8 +168,8 @@ class Command:
         self.args, self.console = args, console
         if args.rollout_url:
             os.environ[engines.ROLLOUT_URL] = args.rollout_url
-        self.study, self.grid = studies.load_study(args.study, args.profile)
-        self.folder = studies.folder_of(args.study, args.profile)
+        self.study, self.grid = targets.load(args.study, args.profile)
+        self.folder = targets.folder_of(args.study, args.profile)
         self.again = f"python -m runner {args.study} --profile {args.profile}"
 
     def do(self, part: str | None) -> int:

@@ -30,9 +30,11 @@ class Run:
         self.params, self.folder, self.began = params, params.folder, time.monotonic()
         self.cells, self.first_cell = cells, max(0, len(cells) - 1)
         self.lock = None
+        begun = status(self.folder)
+        if begun != "done":
+            check_engine(params.engine)  # before data and models are asked for
         check_inputs(params)
-        if status(self.folder) != "done":
-            check_engine(params.engine)
+        if begun != "done":
             self.lock = hold(self.folder)
         self.finished = status(self.folder) == "done"  # perhaps by another process, just now
         self.engine = "transformers" if self.finished else params.engine  # then it is only shown

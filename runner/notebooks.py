@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from runner import BUILT_HERE, ROOT, dataset, files, plan, runs, studies
+from runner import BUILT_HERE, ROOT, dataset, files, plan, runs, studies, targets
 from runner.parameters import Params
 
 
@@ -58,8 +58,8 @@ def make_policy(p: Params, folder: Path, console: Console):
 
 def evaluate_and_analyse(name: str, profile: str, console: Console):
     """Bring the tables of a study, its analysis and the page of it up to date."""
-    study, grid = studies.load_study(name, profile)
-    folder = studies.folder_of(name, profile)
+    study, grid = targets.load(name, profile)
+    folder = targets.folder_of(name, profile)
     read = fingerprint(study, grid, "03_eval")
     update("03_eval", folder, read, console, study=name, profile=profile)
     read = fingerprint(study, grid, "03_eval", "04_analysis")

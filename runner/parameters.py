@@ -210,13 +210,24 @@ def folders_elsewhere(values: dict[str, Any]) -> Iterator[str]:
 # --- where values come from -----------------------------------------------------------------------
 
 
-def resolve(profile: str = "tiny", use_selected: bool = False, **given) -> Params:
+def resolve(profile: str | None = None, use_selected: bool = False, **given) -> Params:
     """Parameters of one run: the profile's, then the selected ones if asked for, then those given.
 
-    None means "as the profile says". noise_seed defaults to seed. ValueError names each mistake.
+    None means "as the profile says", and for the profile "as the model suggests". noise_seed
+    defaults to seed. ValueError names each mistake.
     """
+    if profile is None:
+        profile = profile_of_model(given.get("model"))
     defaults = profile_defaults(profile, use_selected)
     return validate(Params, completed(defaults, given), f"profile {profile}")
+
+
+def profile_of_model(model: str | None) -> str:
+    """The profile of a run that names none: "own" for a model that this project does not know."""
+    if model is None:
+        return "tiny"
+    known = {"tiny": "tiny", "smol": "smol", "smol-warm": "smol"}
+    return known.get(model, "own")
 
 
 def profile_defaults(profile: str, use_selected: bool) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +150,46 @@ def compare_inputs(folder: Path, today: dict[str, str]):
                 f"restore it, or delete {dataset.shown(folder)} to run it again")
 
 
+SHAPE = ("profile", "model", "data_dir", "engine", "max_completion_length", "max_steps",
+         "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+         "num_generations", "num_iterations", "grpo_beta")  # what decides how long a run takes
+LOOKED_AT = 300  # folders of runs, the newest first
+
+
+def shape_of(values: dict) -> tuple:
+    """The part of a run's parameters that decides how long it takes."""
+    return tuple(values.get(name) for name in SHAPE)
+
+
+def seconds_of_shapes(store: Path) -> dict[tuple, list[float]]:
+    """Shape -> seconds of each finished run of that shape in the store."""
+    folders = sorted(store.glob("*/DONE"), key=lambda done: done.stat().st_mtime, reverse=True)
+    found: dict[tuple, list[float]] = {}
+    for done in folders[:LOOKED_AT]:
+        record = read_json(done.parent / "provenance.json") or {}
+        params = read_json(done.parent / "params.json") or {}
+        if "notebook_seconds" in record:
+            found.setdefault(shape_of(params), []).append(record["notebook_seconds"])
+    return found
+
+
+def estimate(grid: list[Params], found: dict[str, str]) -> str:
+    """How long the runs that are not done will take, from finished ones of the same shape.
+
+    found: run id -> status. "" if nothing is left, or if no such run is finished.
+    """
+    waiting = [p for p in grid if found[p.folder.name] != "done"]
+    seconds = seconds_of_shapes(grid[0].folder.parent) if waiting else {}
+    known = [seconds[shape_of(vars(p))] for p in waiting if shape_of(vars(p)) in seconds]
+    if not known:
+        return ""
+    minutes = sum(statistics.mean(of_shape) for of_shape in known) / 60
+    unlike = len(waiting) - len(known)
+    rest = f"; of {unlike} others nothing is known" if unlike else ""
+    return (f"{len(known)} of the runs left take about {minutes:.0f} min in all, one after "
+            f"another, as finished runs of the same shape here did{rest}")
+
+
 def print_plan(study: Study, grid: list[Params], out: TextIO):
     """Print the cells of a study and what is there already."""
     found = statuses(grid)
@@ -159,6 +200,8 @@ def print_plan(study: Study, grid: list[Params], out: TextIO):
     _print_columns(rows, out)
     count = ", ".join(f"{n} {status}" for status, n in Counter(found.values()).most_common())
     print(f"runs: {len(grid)}; {count}", file=out)
+    if remark := estimate(grid, found):
+        print(remark, file=out)
 
 
 def _print_columns(rows: list[tuple[str, ...]], out: TextIO):

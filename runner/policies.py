@@ -273,12 +273,23 @@ def format_prompt(problem: str, template: str, tokenizer) -> str:
         return problem
     if template == "r1-zero":
         return R1_ZERO % problem
+    if not tokenizer.chat_template:
+        raise ValueError(f"prompt_template={template!r}, and the model's tokenizer has no chat "
+                         "template: set prompt_template to r1-zero, or to none")
     if template == "chat":
         messages = [{"role": "user", "content": f"{problem}\n{INSTRUCTION}"}]
     else:
         messages = [{"role": "system", "content": INSTRUCTION},
                     {"role": "user", "content": problem}]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def remark_on_template(params, tokenizer) -> str:
+    """A sentence if the model has a chat template that the run does not use; else ""."""
+    if params.prompt_template != "none" or not tokenizer.chat_template:
+        return ""
+    return ("The model has a chat template, and prompt_template=none gives it bare problems: set "
+            "prompt_template=chat if it was trained on chats.")
 
 
 def as_prompts(rows, params, tokenizer):

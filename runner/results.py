@@ -8,8 +8,42 @@ import pandas as pd
 from rich.table import Table
 
 from runner import ROOT
+from runner.dataset import shown
+from runner.parameters import Params
 
 MACHINES = "Another processor may build another base policy: see docs/reliability.md"
+
+
+def end_of_run(params: Params, metrics: pd.DataFrame, log: pd.DataFrame) -> str:
+    """What a terminal shows of a finished run: rewards, accuracy, what went wrong, what is next.
+
+    metrics, log: the run's metrics.parquet and rewards.parquet.
+    """
+    tenth = max(1, len(metrics) // 10)
+    clean = metrics["clean_mean"].dropna()
+    lines = [f"{params.folder.name}: clean reward {clean.head(tenth).mean():.3f} at the beginning, "
+             f"{clean.tail(tenth).mean():.3f} at the end",
+             accuracy_on_validation(metrics)]
+    cut = int((log["completion_tokens"] >= params.max_completion_length).sum())
+    if cut:
+        lines.append(f"{cut:,} of {len(log):,} completions reached the limit of "
+                     f"{params.max_completion_length} tokens (max_completion_length)")
+    boxless = int((~log["format_ok"].astype(bool)).sum())
+    if boxless:
+        lines.append(f"{boxless:,} of {len(log):,} completions have no answer in a box")
+    folder = shown(params.folder)
+    target = params.folder.name if params.output_dir == "outputs" else folder
+    lines += [f"folder: {folder}", f"next: python -m runner {target} --report"]
+    return "\n".join(lines)
+
+
+def accuracy_on_validation(metrics: pd.DataFrame) -> str:
+    """The last greedy accuracy on validation problems that a run has logged."""
+    if "validation_greedy" not in metrics or metrics["validation_greedy"].isna().all():
+        return "accuracy on validation: not looked at (eval_interval is 0)"
+    seen = metrics.dropna(subset="validation_greedy").iloc[-1]
+    return (f"accuracy on validation, greedy: {seen['validation_greedy']:.3f} after "
+            f"{int(seen['step'])} steps")
 
 
 def results_table(results: pd.DataFrame) -> Table:
