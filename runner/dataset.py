@@ -351,6 +351,30 @@ def data_hash(data_dir: str | Path) -> str:
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
+def of_difficulties(rows, which: str):
+    """The rows of a split that have one of these difficulties, such as "1-3" or "4,5"; or "all".
+
+    ValueError if there is none.
+    """
+    if which == "all":
+        return rows
+    wanted = {f"Level {number}" for number in numbers_in(which)}
+    kept = rows.filter(lambda row: row["level"] in wanted)
+    if not len(kept):
+        raise ValueError(f"train_difficulties={which!r}: no problem has one of them; there are "
+                         f"{', '.join(sorted(set(rows['level'])))}")
+    return kept
+
+
+def numbers_in(which: str) -> list[int]:
+    """The numbers in a list of numbers and ranges: "1-3,5" is 1, 2, 3 and 5."""
+    numbers: list[int] = []
+    for part in which.split(","):
+        first, _, last = part.partition("-")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
+
+
 def load_split(data_dir: str | Path, split: str):
     """A `datasets.Dataset` of one split ("train", "validation" or "test") with six columns.
 

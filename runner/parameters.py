@@ -22,6 +22,7 @@ PROFILES = ROOT / "params/profiles"
 NOT_HASHED = {"output_dir", "report_to", "gradient_checkpointing"}  # they change no result
 # not hashed at their defaults, so that earlier runs keep their names
 ADDED_LATER = {name for name, named in noise.NAMED.items() if named.added_later}
+ADDED_LATER |= {"train_difficulties"}
 
 Real = Annotated[float, AfterValidator(lambda x: x + 0.0)]  # -0.0 becomes 0.0: they are one run
 Rate = Annotated[Real, Field(ge=0, le=1)]
@@ -42,6 +43,7 @@ class Params(NoiseParams):
     model: str
     base_seed: int = Field(0, ge=0)
     data_dir: str
+    train_difficulties: str = Field("all", pattern=r"^(all|\d(-\d)?(,\d(-\d)?)*)$")
     prompt_template: Literal["none", "chat", "qwen-math", "r1-zero"] = "none"
     engine: Literal["transformers", "server", "vllm", "unsloth"] = "transformers"
     max_prompt_length: int = Field(512, gt=0)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pandas as pd
 import pyarrow
 import pyarrow.parquet
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loopback_hub import serve
 
-from runner import ROOT
+from runner import ROOT, dataset, parameters
 from runner.dataset import (
     data_folder,
     data_hash,
@@ -536,3 +537,21 @@ def test_counts_of_math(tmp_path):
     assert manifest["empty_answers"] == ["number_theory/train:850", "number_theory/train:852"]
     train = counts(load_split(out, "train"))
     assert train.loc["all", "Level ?"] == 2 and list(train.columns) == [*DIFFICULTIES, "all"]
+
+
+@pytest.mark.parametrize("which, kept", [("all", 5), ("1-3", 3), ("4,5", 2), ("1,3-4", 3), ("5", 1)])
+def test_difficulties_are_chosen_by_number_and_range(which, kept):
+    rows = datasets.Dataset.from_dict({"level": [f"Level {n}" for n in range(1, 6)]})
+    assert len(dataset.of_difficulties(rows, which)) == kept
+
+
+def test_difficulties_that_no_problem_has_are_refused_with_those_that_are_there():
+    rows = datasets.Dataset.from_dict({"level": ["Level 1", "Level ?"]})
+    with pytest.raises(ValueError, match=r"train_difficulties='4-5': no problem .* there are Level 1, Level \?"):
+        dataset.of_difficulties(rows, "4-5")
+    for wrong in ("hard", "1-", "1;2", ""):
+        with pytest.raises(ValueError, match="train_difficulties"):
+            parameters.resolve("tiny", train_difficulties=wrong)
+    assert parameters.run_id(parameters.resolve("tiny")) == parameters.run_id(
+        parameters.resolve("tiny", train_difficulties="all")) != parameters.run_id(
+        parameters.resolve("tiny", train_difficulties="1"))

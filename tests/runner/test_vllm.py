@@ -142,7 +142,8 @@ def test_a_killed_server_and_a_killed_run_cost_a_study_nothing(workspace, params
     """Two runs on one server; the server's engine and then one run are killed. All ends well, from the checkpoint."""
     study = study_file(workspace, params, "killed", max_steps=12)
     sweep = subprocess.Popen([sys.executable, "-m", "runner", str(study)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, env=os.environ | {"GRPO_NOISE_WORK": str(workspace)})
+                             stderr=subprocess.PIPE,
+                             env=os.environ | {"GRPO_NOISE_WORK": str(workspace), "RAY_worker_niceness": "0"})
     grid = studies_runs(workspace)
     wait_for(lambda: any(list(run.glob("checkpoints/checkpoint-2")) for run in grid()), sweep)
     kill("api_server", workspace)
@@ -164,7 +165,7 @@ def studies_runs(workspace):
     return lambda: sorted((workspace / "outputs/runs").glob("flip-*"))
 
 
-def wait_for(happened, sweep, seconds=600):
+def wait_for(happened, sweep, seconds=1800):
     until = time.monotonic() + seconds
     while not happened():
         assert sweep.poll() is None and time.monotonic() < until, "the sweep ended, or nothing happened"
