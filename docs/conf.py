@@ -138,8 +138,12 @@ def prepare(app, docname, source):
         source[0] = with_links(source[0], page)
 
     def link(match):
-        target = os.path.normpath(page.parent / match[1])
-        return f"]({os.path.relpath(SHOWN[target], page.parent)}{match[2] or ''})" if target in SHOWN else match[0]
+        target = said = os.path.normpath(page.parent / match[1])
+        if not (ROOT / said).exists():  # an executed copy has the links of its source
+            places = (os.path.normpath(Path(folder) / match[1]) for folder in ("notebooks", "notebooks/appendix"))
+            target = next((place for place in places if (ROOT / place).exists()), said)
+        shown = SHOWN.get(target, target)
+        return match[0] if shown == said else f"]({os.path.relpath(shown, page.parent)}{match[2] or ''})"
 
     source[0] = re.sub(r"\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)", link, source[0])
     if docname == root_doc:
