@@ -230,27 +230,38 @@ class NodeServers:
 class SweepServers:
     """The rollout servers of a sweep: url, key and gpu of each, by the id of their node."""
 
-    def __init__(self, ray, grid: list[Params], at_once: int, memory: float,
-                 gpus: list[str] | None):
-        """See NodeServers; at_once: runs that train at the same time and share one server."""
-        self.ray = ray
+    def __init__(self, ray, grid: list[Params], needs: dict[str, float], at_once: int,
+                 memory: float, gpus: list[str] | None):
+        """See NodeServers. needs: resources of a run; at_once: runs that share one server."""
+        self.ray, self.needs = ray, needs
         self.arguments = Serving.of(grid, at_once), memory, log_folder(grid[0]), gpus
         self.actors: dict = {}
         self.addresses: dict[str, list[dict]] = {}
 
     def start_on_new_nodes(self):
-        """Start servers on nodes that have none, and wait for them."""
+        """Start servers on nodes that can train and have none, and wait for them."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         actor = self.ray.remote(num_cpus=0)(NodeServers)
         for node in self.ray.nodes():
             name = node["NodeID"]
-            can_serve = "GPU" in node["Resources"] or engines.has_server()
-            if node["Alive"] and can_serve and name not in self.actors:
+            if node["Alive"] and self._can_train(node) and name not in self.actors:
                 here = NodeAffinitySchedulingStrategy(name, soft=False)
                 self.actors[name] = actor.options(scheduling_strategy=here).remote(*self.arguments)
         for name in self.actors.keys() - self.addresses.keys():
+            self._wait_for(name)
+
+    def _can_train(self, node: dict) -> bool:
+        return all(node["Resources"].get(what, 0) >= each for what, each in self.needs.items())
+
+    def _wait_for(self, name: str):
+        """Learn the addresses of a node's servers. A node that is lost meanwhile is forgotten."""
+        try:
             self.addresses[name] = self.ray.get(self.actors[name].addresses.remote())
+        except self.ray.exceptions.RayActorError:
+            del self.actors[name]
+        except self.ray.exceptions.RayTaskError as e:
+            raise RuntimeError(str(e.cause)) from None
 
     def stop(self):
         """End the servers on all nodes."""
@@ -259,4 +270,3 @@ class SweepServers:
                 self.ray.get(actor.stop.remote(), timeout=60)
             except Exception:  # the node or its actor is gone, and the server with it
                 continue
-

@@ -191,7 +191,8 @@ def rollout_servers(ray, jobs: list[Job], needs: dict[str, float], gpus: plan.Gp
     at_once = math.ceil(min(room(nodes, needs), len(waiting)) / servers)
     began = time.monotonic()
     console.print("Starting the rollout servers: one to three minutes")
-    started = server.SweepServers(ray, waiting, at_once, gpus.server_memory, gpus.serving)
+    started = server.SweepServers(ray, waiting, needs, at_once, gpus.server_memory,
+                                  gpus.serving)
     try:
         started.start_on_new_nodes()
         count = sum(map(len, started.addresses.values()))

@@ -205,6 +205,26 @@ def test_a_node_that_does_not_share_the_file_system_is_refused(work, tmp_path):
     assert not list((work / "outputs/runs").glob(".sweep-*"))
 
 
+def test_each_node_has_a_rollout_server_of_its_own(work, tmp_path):
+    """Not the head, on which no run can train. When the sweep ends, the servers are gone."""
+    served = STUDY.replace("fixed: {", "fixed: {engine: server, ").replace("[0.25, 0.4]", "[0.1, 0.4]")
+    (work / "served.yaml").write_text(served)
+    stand_in = {"GRPO_NOISE_SERVER_MODULE": "stand_in_server",
+                "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/runner")])}
+    nodes = Nodes(tmp_path)
+    nodes.env |= stand_in
+    try:
+        for _ in range(2):
+            nodes.start("--address", nodes.address, cpus=1)
+        process = command(work, work / "served.yaml", "--address", nodes.address, "--gpus-per-run", 0, **nodes.env)
+        out, err = process.communicate(timeout=PATIENCE)
+    finally:
+        nodes.kill_all()
+    assert process.returncode == 0 and "Rollout servers: 2, started in" in out, out + err
+    done = list((work / "outputs/runs").glob("*/DONE"))
+    assert len(done) == 2 and not [p for p in processes(work) if "stand_in_server" in " ".join(p.cmdline())]
+
+
 SRUN = """#!/usr/bin/env bash
 # A stand-in: the options of this step, then the command, on this machine.
 while [ "${1#--}" != "$1" ]; do shift; done
