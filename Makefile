@@ -59,7 +59,7 @@ lint: setup  ## what a program can tell of style: seconds
 	@$(BIN)/ruff check
 	@$(BIN)/python -m pytest -q tests/test_project.py
 
-# Evaluation through real vLLM on a CPU (Linux, Python 3.11): a community build, in an environment of its own.
+# The rollout server with vLLM itself, on a CPU (Linux, Python 3.11): a community build, in an environment of its own.
 test-vllm: .venv-vllm/.ready
 	@VLLM_LOGGING_LEVEL=ERROR .venv-vllm/bin/python -m pytest -q tests/runner/test_vllm.py
 
