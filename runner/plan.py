@@ -21,11 +21,14 @@ def gpus_of_a_run(grid: list[Params], address: str | None) -> float:
 
     Four runs share a GPU with their rollout server.
     """
-    if any(p.engine not in engines.SHARING for p in grid):
+    used, models = {p.engine for p in grid}, {p.model for p in grid}
+    if not used.issubset(engines.SHARING):
         return 1.0
-    if any(p.engine == "server" for p in grid):
-        return 0.25 if address or engines.gpu_query("name") else 0.0
-    if address or all(p.model == "tiny" for p in grid):
+    if "server" in used:
+        if address or engines.gpu_query("name"):
+            return 0.25
+        return 0.0
+    if address or models == {"tiny"}:
         return 0.0
     return float(bool(engines.gpu_query("name")))
 

@@ -58,14 +58,20 @@ def results_table(results: pd.DataFrame) -> Table:
     for column in ("seeds", "accuracy", "difference", "Holm p"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in results.itertuples():
-        arm, compared = row.arm, pd.notna(row.difference_low)
-        if compared and row.reference != usual:
-            arm += f" (from {row.reference})"
-        accuracy = with_interval(row.estimate, row.low, row.high)
-        difference = with_interval(row.difference, row.difference_low, row.difference_high, "+")
-        holm = f"{row.p_holm:.2g}" if compared else ""
-        table.add_row(arm, str(row.seeds), accuracy, difference, holm)
+        table.add_row(*_cells(row, usual))
     return table
+
+
+def _cells(row, usual: str) -> list[str]:
+    """What the table shows of one arm; its reference only if that is not the usual one."""
+    accuracy = with_interval(row.estimate, row.low, row.high)
+    difference = with_interval(row.difference, row.difference_low, row.difference_high, "+")
+    if pd.isna(row.difference_low):  # not compared, or of one seed
+        return [row.arm, str(row.seeds), accuracy, difference, ""]
+    arm = row.arm
+    if row.reference != usual:
+        arm += f" (from {row.reference})"
+    return [arm, str(row.seeds), accuracy, difference, f"{row.p_holm:.2g}"]
 
 
 def with_interval(estimate: float, low: float, high: float, sign: str = "") -> str:

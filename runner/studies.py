@@ -92,17 +92,7 @@ def load_study(name: str, profile: str) -> tuple[Study, list[Params]]:
         defaults = profile_defaults(profile, file.use_selected)  # read once, not once a run
     except ValueError as e:  # without a profile, no run can be looked at
         raise ValueError("\n".join([*mistakes, str(e)])) from None
-    cells: list[Cell] = []
-    are_all_names_known = True
-    for number, arm in enumerate(file.arms, 1):
-        found, wrong = cells_of(file, arm, defaults)
-        cells += found
-        mistakes += [f"{path.name}, arm {number}: {what}" for what in wrong]
-        if wrong and "name" in file.fixed | arm:  # other arms may refer to it
-            are_all_names_known = False
-    mistakes += [f"{path.name}: {what}" for what in repeated(cells)]
-    if are_all_names_known:
-        mistakes += [f"{path.name}: {what}" for what in without_reference(cells)]
+    cells = all_cells(file, defaults, path.name, mistakes)
     if mistakes:
         raise ValueError("\n".join(mistakes))
     names = {run_id(cell.params): (cell.name, cell.reference) for cell in cells if cell.name}
@@ -133,6 +123,23 @@ def checked(values: dict, where: str, mistakes: list[str]) -> StudyFile:
         wrong = {error["loc"][0] for error in report.errors()}
     right = {name: value for name, value in values.items() if name not in wrong}
     return StudyFile.model_validate({"title": "", "arms": [{}], "seeds": [0]} | right)
+
+
+def all_cells(file: StudyFile, defaults: dict, where: str, mistakes: list[str]) -> list[Cell]:
+    """The runs of all arms. Adds what is wrong to `mistakes`."""
+    cells: list[Cell] = []
+    are_all_names_known = True
+    for number, arm in enumerate(file.arms, 1):
+        found, wrong = cells_of(file, arm, defaults)
+        cells += found
+        mistakes += [f"{where}, arm {number}: {what}" for what in wrong]
+        if wrong and "name" in file.fixed | arm:  # other arms may refer to it
+            are_all_names_known = False
+
+    mistakes += [f"{where}: {what}" for what in repeated(cells)]
+    if are_all_names_known:
+        mistakes += [f"{where}: {what}" for what in without_reference(cells)]
+    return cells
 
 
 def cells_of(file: StudyFile, arm: dict, defaults: dict) -> tuple[list[Cell], list[str]]:
@@ -194,14 +201,11 @@ def without_reference(cells: list[Cell]) -> Iterator[str]:
     names = {cell.name for cell in named}
     compared = {cell.reference: cell.name for cell in named}  # reference -> an arm
     for reference in sorted(compared.keys() - names):
-        what = f"{compared[reference]!r} is compared with {reference!r}"
+        why = f"no arm has that name{nearest(reference, names)}: give an arm this name"
         if reference == "clean" and "clean" in unnamed:
-            yield (f"{what}, and the arm without noise has no name: give it `name: clean`, or set "
-                   "`reference` to the name of another arm")
-        else:
-            yield (f"{what}, and no arm has that name{nearest(reference, names)}: give an arm this "
-                   "name, or set `reference` (in an arm, or for the whole study) to the name of "
-                   "one")
+            why = "the arm without noise has no name: give it `name: clean`"
+        yield (f"{compared[reference]!r} is compared with {reference!r}, and {why}, or set "
+               "`reference` (in an arm, or for the whole study) to the name of one")
 
 
 def arm_of(params: Params) -> str:
