@@ -2,28 +2,68 @@
 import json
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pandas as pd
-import papermill
 import pytest
 import yaml
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 from synthetic_study import NAMED, write_study
+from traitlets.config import Config
 
 from runner.notebooks import to_html
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "04_analysis.ipynb"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def shell():
+    """IPython in this process: a kernel a notebook would import all libraries again. test_end_to_end has kernels."""
+    main = sys.modules["__main__"]
+    yield InteractiveShell.instance(config=Config({"HistoryManager": {"hist_file": ":memory:"}}))
+    InteractiveShell.clear_instance()
+    sys.modules["__main__"] = main
+
+
+def execute(notebook, **parameters):
+    """Execute a notebook in this process: {cell id: [what it displayed, by MIME type]}."""
+    cells = parameterize_notebook(load_notebook_node(str(notebook)), parameters).cells
+    shell = InteractiveShell.instance()
+    shell.reset()
+    shown = {}
+    for cell in cells:
+        if cell.cell_type == "code":
+            with capture_output() as captured:
+                result = shell.run_cell(cell.source, store_history=True)
+            result.raise_error()
+            shown[cell.get("id")] = [output.data for output in captured.outputs] + [{"printed": captured.stdout}]
+    return shown
+
+
+def joined(shown, *kinds):
+    """All that cells displayed of these kinds, joined."""
+    return "\n".join(data.get(kind, "") for cell in shown.values() for data in cell for kind in kinds)
+
+
+def paragraphs(shown):
+    """The paragraphs that cells displayed or printed, joined."""
+    return joined(shown, "text/markdown", "printed")
+
+
+def execute_analysis(folder, **parameters):
+    """Execute 04_analysis on a study folder: see `execute`."""
+    return execute(NOTEBOOK, study=str(folder), n_boot=200, **parameters)
+
+
 def analyse(folder, **parameters):
-    """Execute 04_analysis on a study folder; returns its text outputs joined and its table of results."""
-    out = folder / "analysis.ipynb"
-    papermill.execute_notebook(NOTEBOOK, out, {"study": str(folder), "n_boot": 200, **parameters},
-                               progress_bar=False, cwd=NOTEBOOK.parents[1])
-    outputs = [o for cell in nbformat.read(out, 4).cells for o in cell.get("outputs", [])]
-    text = "\n".join(o.get("data", {}).get("text/markdown", "") + o.get("text", "") for o in outputs)
+    """Execute 04_analysis on a study folder; returns its paragraphs joined and its table of results."""
+    text = paragraphs(execute_analysis(folder, **parameters))
     return text, pd.read_csv(folder / "results.csv").set_index("arm")
 
 
@@ -53,13 +93,11 @@ def test_predictions_for_the_language_model_are_judged(tmp_path):
     arms = yaml.safe_load((NOTEBOOK.parents[1] / "params/studies/language-model.yaml").read_text())["arms"]
     folder = write_study(tmp_path / "lm", arms, seeds=range(5), questions=80, steps=4)
     analyse(folder)
-    out = tmp_path / "predictions.ipynb"
-    papermill.execute_notebook(NOTEBOOK.parent / "appendix/language_model.ipynb", out, {"study": str(folder)},
-                               progress_bar=False, cwd=NOTEBOOK.parents[1])
+    shown = execute(NOTEBOOK.parent / "appendix/language_model.ipynb", study=str(folder))
     judged = pd.read_csv(folder / "predictions.csv").set_index("claim")
     assert list(judged.index) == [1, 1, 2, 3, 4, 5, 6, 7, 7, 8, 9]
     assert judged.loc[2, "verdict"] == "holds" and (judged.loc[[4, 5], "verdict"] != "holds").all()
-    assert (folder / "figures/sizes.png").exists() and "80 of 80 runs" in out.read_text()
+    assert (folder / "figures/sizes.png").exists() and "80 of 80 runs" in paragraphs(shown)
 
 
 def test_analysis_of_a_grid_without_noise(tmp_path):
@@ -122,12 +160,9 @@ def test_named_arms_keep_their_names_everywhere(tmp_path):
             {"name": "my noise", "label_flip_rate": 0.3, "reference": "large | steps"},
             {"name": "half asleep", "mask_rate": 0.6, "reference": "my noise"}]
     folder = write_study(tmp_path / "named", arms, steps=4, questions=60, unfinished={4: "failed"})
-    text, results = analyse(folder)
-    assert list(results.index) == [arm["name"] for arm in arms]
-    executed = nbformat.read(folder / "analysis.ipynb", 4)
-    shown = text + json.dumps([o.get("data", {}).get("text/html", "") for c in executed.cells
-                               for o in c.get("outputs", [])])
-    assert "Runs missing: large | steps (1 of 3)." in text and "a run of " in text
+    shown = joined(execute_analysis(folder), "text/markdown", "printed", "text/html")
+    assert list(pd.read_csv(folder / "results.csv").arm) == [arm["name"] for arm in arms]
+    assert "Runs missing: large | steps (1 of 3)." in shown and "a run of " in shown
     assert "share of the reference's gain lost" in shown
     run_ids = "|".join(pd.read_csv(folder / "runs.csv").run_id)
     elsewhere = re.sub(rf"{run_ids}|label_flip_rate|mask_rate", "", shown)
@@ -166,21 +201,15 @@ def test_a_measured_cosine_stands_beside_theory(tmp_path):
     folder = write_study(tmp_path / "cosine", questions=60, steps=4)
     arms = pd.read_csv(folder / "runs.csv")["arm"].unique()
     pd.DataFrame({"arm": arms, "cosine": np.linspace(1, 0.1, len(arms))}).to_csv(folder / "gradient.csv", index=False)
-    analyse(folder)
-    cells = {c.id: c for c in nbformat.read(folder / "analysis.ipynb", 4).cells}
-    ranks = cells["ranks"].outputs[0].data["text/plain"]
-    assert "cosine" in cells["kept"].outputs[0].data["text/html"] and "signal to noise − cosine" in ranks
+    shown = execute_analysis(folder)
+    assert "cosine" in shown["kept"][0]["text/html"] and "signal to noise − cosine" in shown["ranks"][0]["text/plain"]
 
 
 # ---- the audit of the noise
 
 def audit(folder):
     """Execute appendix/audit on a study folder; returns its computed paragraphs, joined."""
-    out = folder / "audit.ipynb"
-    papermill.execute_notebook(NOTEBOOK.parent / "appendix/audit.ipynb", out, {"study": str(folder)},
-                               progress_bar=False, cwd=NOTEBOOK.parents[1])
-    outputs = [o for cell in nbformat.read(out, 4).cells for o in cell.get("outputs", [])]
-    return "\n".join(o.get("data", {}).get("text/markdown", "") for o in outputs)
+    return paragraphs(execute(NOTEBOOK.parent / "appendix/audit.ipynb", study=str(folder)))
 
 
 def test_the_audit_finds_the_noise_as_it_should_be(tmp_path):
@@ -208,7 +237,7 @@ def test_the_audit_says_where_theory_and_the_log_are_wrong(tmp_path):
 
 def test_analysis_without_tables_says_what_to_run(tmp_path):
     says = "run 03_eval first: .* has no runs.csv, summary.csv"
-    with pytest.raises(papermill.PapermillExecutionError, match=says) as e:
+    with pytest.raises(FileNotFoundError, match=says) as e:
         analyse(tmp_path)
     assert f"in {tmp_path.parent.name}/{tmp_path.name}" in str(e.value)  # two folders, not the whole path
 
