@@ -1,11 +1,13 @@
 """A workspace of its own for the tests that execute notebooks: small data, a quickly built base policy."""
 
 import os
+import shutil
 import subprocess
 import sys
 
 import psutil
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 from runner import ROOT
@@ -37,10 +39,27 @@ def processes(work):
     return found
 
 
-@pytest.fixture(scope="session")
-def workspace(tmp_path_factory):
-    """A folder with small arithmetic data and a base policy of a few training steps, used by all end-to-end tests."""
-    work = tmp_path_factory.mktemp("work")
+def build_workspace(work):
+    """Make small arithmetic data and a base policy of a few training steps."""
     papermill(work, "01_data", work / "01.ipynb", source="arithmetic", n_train=900, n_test=60)
     papermill(work, "01b_warm_start", work / "01b.ipynb", right_steps=150, careless_steps=20, samples=2)
-    return work
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory, worker_id):
+    """A folder with data and a base policy, used by all end-to-end tests.
+
+    Of several workers of pytest the first builds it, and each takes a copy of its own.
+    """
+    work = tmp_path_factory.mktemp("work")
+    if worker_id == "master":  # there is one process only
+        build_workspace(work)
+        return work
+    shared = tmp_path_factory.getbasetemp().parent / "workspace"
+    with FileLock(f"{shared}.lock"):
+        if not shared.exists():
+            build_workspace(work)
+            shutil.copytree(work, shared.with_suffix(".part"), dirs_exist_ok=True)
+            shared.with_suffix(".part").rename(shared)
+            return work
+    return shutil.copytree(shared, work, dirs_exist_ok=True)

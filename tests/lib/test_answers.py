@@ -457,7 +457,7 @@ def test_hostile_answer_is_wrong_within_the_limit(answer):
     hostile, honest = with_limits.grade(["5", "1/2"], [rf"\boxed{{{answer}}}", r"\boxed{0.5}"])
     assert not hostile.correct
     assert (honest.correct, honest.method) == (True, "symbolic")
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60  # a second on an idle machine; without limits some take hours
     with_limits.close()
 
 
