@@ -167,15 +167,15 @@ def check_inputs(params: Params):
     if params.report_to != "none" and not find_spec(params.report_to):
         raise FileNotFoundError(f"report_to={params.report_to!r} needs a package that is not "
                                 f"installed: pip install {params.report_to}")
-    manifest = dataset.read_manifest(params.data_dir)
-    steps_in(params, manifest["counts"]["train_split"])
-    _check_policy(params)
-
-
-def _check_policy(params: Params):
     if params.model not in BUILT_HERE:
         check_model(params.model)
-        return
+    manifest = dataset.read_manifest(params.data_dir)
+    steps_in(params, manifest["counts"]["train_split"])
+    if params.model in BUILT_HERE:
+        _check_built(params)
+
+
+def _check_built(params: Params):
     built = f"models/{params.model}-s{params.base_seed}"
     if not (WORK / built / "policy.json").exists():
         raise FileNotFoundError(

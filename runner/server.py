@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,7 +84,7 @@ class Server:
         if gpu is not None:
             self.environment["CUDA_VISIBLE_DEVICES"] = gpu
         self.http = httpx.Client(base_url=self.url, timeout=5)
-        self._stopping = threading.Event()
+        self._stopping, self._one_at_a_time = threading.Event(), threading.Lock()
         log.parent.mkdir(parents=True, exist_ok=True)
         self._start()
 
@@ -133,24 +133,27 @@ class Server:
 
     def _keep_alive(self):
         while not self._stopping.wait(1):
-            if self.process.poll() is not None:
-                self.restarts += 1
-                self._start()
+            with self._one_at_a_time:
+                if self.process.poll() is not None and not self._stopping.is_set():
+                    self._kill_group()  # its engine may be alive, and hold the GPU's memory
+                    self.restarts += 1
+                    self._start()
 
     def stop(self):
         """End the server and everything that it started."""
-        self._stopping.set()
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGTERM)
-            try:
-                self.process.wait(20)
-            except subprocess.TimeoutExpired:
-                pass
-        try:
+        with self._one_at_a_time:
+            self._stopping.set()
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, signal.SIGTERM)
+                with suppress(subprocess.TimeoutExpired):
+                    self.process.wait(20)
+            self._kill_group()
+            self.process.wait()
+
+    def _kill_group(self):
+        """Kill what is left of the processes that the server started."""
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self.process.wait()
 
 
 def _end_with_parent():

@@ -33,19 +33,21 @@ def folders_of(given: str) -> list[Path]:
 
     ValueError if some are runs and some are not.
     """
-    names = [name.strip() for name in str(given).split(",") if name.strip()]
-    found = {name: folder_of_run(name) for name in names}
-    missing = [name for name, folder in found.items() if folder is None]
-    if len(missing) == len(names):
+    names = [name.strip() for name in str(given).split(",")]
+    folders = [folder_of_run(name) for name in names]
+    if not any(folders):
         return []
+    missing = [name for name, folder in zip(names, folders, strict=True) if folder is None]
     if missing:
         raise ValueError(f"there is no run {', '.join(missing)}: give the id of a run in "
                          "outputs/runs, or its folder")
-    return [folder for folder in found.values() if folder]
+    return folders
 
 
 def folder_of_run(name: str) -> Path | None:
     """The folder of the run with this id or path, or None."""
+    if not name:
+        return None
     for folder in (OUTPUTS / "runs" / name, WORK / name, ROOT / name, Path(name)):
         if (folder / "params.json").is_file():
             return folder
@@ -73,14 +75,20 @@ def as_study(folders: list[Path]) -> tuple[Study, list[Params]]:
 
 def names_of_arms(grid: list[Params]) -> dict[str, str]:
     """{run id: arm}. Where other parameters than noise differ, the arm's name says how."""
-    settings = [params.model_dump(exclude=SEEDS) for params in grid]
-    labels = [arm_of(params) for params in grid]
-    differing = [name for name in settings[0]
-                 if len({str(values[name]) for values in settings}) > 1]
+    by_label: dict[str, list[Params]] = {}
+    for params in grid:
+        by_label.setdefault(arm_of(params), []).append(params)
+
     names = {}
-    for params, values, label in zip(grid, settings, labels, strict=True):
-        alike = [other for other, name in zip(settings, labels, strict=True) if name == label]
-        remarks = [f"{name} {values[name]}" for name in differing
-                   if len({str(other[name]) for other in alike}) > 1]
-        names[run_id(params)] = ", ".join([label, *remarks])
+    for label, alike in by_label.items():
+        differing = differing_settings(alike)
+        for params in alike:
+            remarks = [f"{name} {getattr(params, name)}" for name in differing]
+            names[run_id(params)] = ", ".join([label, *remarks])
     return names
+
+
+def differing_settings(grid: list[Params]) -> list[str]:
+    """The parameters in which runs differ, but for their seeds."""
+    first, *others = (params.model_dump(exclude=SEEDS) for params in grid)
+    return [name for name in first if any(other[name] != first[name] for other in others)]

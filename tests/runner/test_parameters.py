@@ -17,7 +17,8 @@ OTHER = {"profile": "smol", "model": "smol", "data_dir": "math", "prompt_templat
          "reward": "format", "noise_level": "group", "lr_scheduler_type": "cosine", "optim": "sgd",
          "loss_type": "grpo", "scale_rewards": "none", "output_dir": "elsewhere", "report_to": "wandb",
          "num_generations": 16, "per_device_train_batch_size": 64, "top_p": 0.5, "epsilon": 0.1,
-         "label_flip_rate": 0.25, "mask_rate": 0.25, "num_iterations": 2, "mitigation": "backward"}
+         "label_flip_rate": 0.25, "mask_rate": 0.25, "num_iterations": 2, "mitigation": "backward",
+         "train_difficulties": "1-3"}
 
 
 def changed(params: parameters.Params, name: str) -> parameters.Params:

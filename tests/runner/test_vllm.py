@@ -13,6 +13,7 @@ import time
 import pandas as pd
 import pytest
 import torch
+from conftest import processes
 from peft import get_peft_model
 
 from runner import ROOT, evaluate, parameters, policies, rollouts, runs, server
@@ -158,6 +159,7 @@ def test_a_killed_server_and_a_killed_run_cost_a_study_nothing(workspace, params
         assert metrics["engine/logprob_difference_max"].max() < 1e-2
         resumed.append(json.loads((run / "provenance.json").read_text()).get("resumed_from"))
     assert any(resumed)
+    assert not [p for p in processes(workspace) if "VLLM" in " ".join(p.cmdline())]  # the killed server's engine too
     assert pd.read_parquet(workspace / "outputs/killed/eval.parquet").run_id.nunique() == 3
 
 
@@ -173,8 +175,6 @@ def wait_for(happened, sweep, seconds=1800):
 
 
 def kill(word, workspace):
-    from conftest import processes
-
     for process in processes(workspace):
         if word in " ".join(process.cmdline()):
             process.send_signal(signal.SIGKILL)
