@@ -34,18 +34,19 @@ def score_vectors(model, input_ids, attention_mask, completion_mask, *, temperat
     are then never formed. Raises ValueError if anything but weights of linear layers is trained.
     """
     layers = _trained_layers(model)
-    rows = []
+    width = directions or sum(layer.weight.numel() for layer in layers)
+    scores = torch.empty(len(input_ids), width)
     for start in range(0, len(input_ids), batch_size):
         part = slice(start, start + batch_size)
         batch = (input_ids[part], attention_mask[part], completion_mask[part])
         recorded = _record(model, layers, batch, temperature)
         if directions:
             generator = torch.Generator().manual_seed(seed)  # the same directions for every batch
-            rows.append(sum(_projected(x, d, directions, generator) for x, d in recorded))
+            scores[part] = sum(_projected(x, d, directions, generator) for x, d in recorded)
         else:
             exact = [torch.einsum("nto,nti->noi", d, x).flatten(1) for x, d in recorded]
-            rows.append(torch.cat(exact, dim=1))
-    return torch.cat(rows)
+            scores[part] = torch.cat(exact, dim=1)
+    return scores
 
 
 def _trained_layers(model) -> list[torch.nn.Linear]:
@@ -92,10 +93,13 @@ def _projected(x, d, directions: int, generator) -> torch.Tensor:
 
 def log_probabilities(model, input_ids, attention_mask, completion_mask, *, temperature=1.0):
     """log pi(o_j), the sum over the completion's tokens: (n,)."""
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    columns = completion_mask.any(0).nonzero().flatten()
+    first = max(1, int(columns[0]))  # logits before the first completion are not computed
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False,
+                   logits_to_keep=input_ids.shape[1] - first + 1).logits
     log_p = torch.log_softmax(logits[:, :-1].float() / temperature, -1)
-    of_tokens = log_p.gather(-1, input_ids[:, 1:, None]).squeeze(-1)
-    return (of_tokens * completion_mask[:, 1:]).sum(1)
+    of_tokens = log_p.gather(-1, input_ids[:, first:, None]).squeeze(-1)
+    return (of_tokens * completion_mask[:, first:]).sum(1)
 
 
 # --- channels: redrawn ----------------------------------------------------------------------------
@@ -140,7 +144,9 @@ def groups(scores: np.ndarray, t: np.ndarray) -> Groups:
 
 def coordinates(scores: np.ndarray) -> np.ndarray:
     """The same vectors (n, D) in at most n coordinates: all their scalar products stay."""
-    values, vectors = np.linalg.eigh(scores @ scores.T)
+    pieces = np.array_split(scores, 1 + scores.shape[1] // 50_000, axis=1)
+    products = sum((piece @ piece.T).astype(float) for piece in pieces)  # float32 adds up errors
+    values, vectors = np.linalg.eigh(products)
     kept = values > values[-1] * 1e-6
     return vectors[:, kept] * np.sqrt(values[kept])
 
@@ -271,5 +277,6 @@ def step(p: Products, n: int, weights=None) -> Step:
 
     signal, within = of_means(p.noisy), w @ p.within / groups_in
     channel = w @ (p.everything - p.within) / groups_in
-    along = of_means(p.across) / _root(of_means(p.reference))
+    reference = _root(of_means(p.reference))
+    along = of_means(p.across) / np.where(reference > 0, reference, np.nan)
     return Step(signal, (within - signal) / n, channel / n, along)

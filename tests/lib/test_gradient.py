@@ -119,10 +119,15 @@ def loss_weights(lengths, loss_type, longest):
             "dr_grpo": 1 / (n * longest) * np.ones(n), "grpo": 1 / (lengths * n)}[loss_type]
 
 
-@pytest.mark.parametrize("loss_type, scale", [("dapo", "group"), ("bnpo", "group"), ("grpo", "group"),
-                                              ("dr_grpo", "none")])
-def test_one_step_of_trl_is_the_sum_of_advantages_times_scores(tmp_path, loss_type, scale):
-    model, seen = policy(), {}
+def trained_weights(model):
+    """The weights that score_vectors speaks of, in its order."""
+    weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight.requires_grad]
+    return torch.cat([w.detach().flatten() for w in weights])
+
+
+def steps_of_trl(model, folder, steps=1, **options):
+    """How far TRL's trainer moves the weights in some steps of SGD, and what it last sampled and rewarded."""
+    seen = {}
 
     def reward(prompts, completion_ids, **_):
         seen.update(prompts=prompts, completions=completion_ids)
@@ -130,31 +135,41 @@ def test_one_step_of_trl_is_the_sum_of_advantages_times_scores(tmp_path, loss_ty
         return seen["r"]
 
     config = GRPOConfig(
-        str(tmp_path), per_device_train_batch_size=12, num_generations=G, max_steps=1, learning_rate=1.0, optim="sgd",
-        max_grad_norm=0.0, lr_scheduler_type="constant", loss_type=loss_type, scale_rewards=scale, beta=0.0,
-        max_completion_length=5, temperature=0.8, use_cpu=True, report_to="none", bf16=False, save_strategy="no",
-        disable_dropout=True)
+        str(folder), per_device_train_batch_size=12, num_generations=G, max_steps=steps, learning_rate=1.0, optim="sgd",
+        max_grad_norm=0.0, lr_scheduler_type="constant", max_completion_length=5, temperature=0.8, use_cpu=True,
+        report_to="none", bf16=False, save_strategy="no", disable_dropout=True, **options)
     trainer = GRPOTrainer(model, reward, config, Dataset.from_dict({"prompt": ["1+2=", "3+4=", "5+6="] * 4}),
                           processing_class=tokenizer())
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    before = trained_weights(model)
     trainer.train()
-    weights = {id(p): name for name, p in model.named_parameters()}
-    moved = torch.cat([(m.weight - before[weights[id(m.weight)]]).flatten() for m in model.modules()
-                       if isinstance(m, torch.nn.Linear) and m.weight.requires_grad]).detach()
+    return trained_weights(model) - before, seen
 
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(before[name])
+
+@pytest.mark.parametrize("loss_type, scale", [("dapo", "group"), ("bnpo", "group"), ("grpo", "group"),
+                                              ("dr_grpo", "none")])
+def test_one_step_of_trl_is_the_sum_of_advantages_times_scores(tmp_path, loss_type, scale):
+    moved, seen = steps_of_trl(policy(), tmp_path, loss_type=loss_type, scale_rewards=scale, beta=0.0)
     prompts = [tokenizer()(p)["input_ids"] for p in seen["prompts"]]
     ids = torch.tensor([p + c + [0] * (5 - len(c)) for p, c in zip(prompts, seen["completions"], strict=True)])
     lengths = np.array([len(c) for c in seen["completions"]])
     position = torch.arange(ids.shape[1])
     attended = (position < 4 + torch.tensor(lengths)[:, None]).long()
-    scores = gradient.score_vectors(model.eval(), ids, attended, attended * (position >= 4), temperature=0.8)
+    scores = gradient.score_vectors(policy(), ids, attended, attended * (position >= 4), temperature=0.8)
     A = theory.advantages(np.reshape(seen["r"], (-1, G)), std=scale == "group").ravel()
     ours = torch.tensor(loss_weights(lengths, loss_type, 5) * A, dtype=torch.float32) @ scores
     assert A.any() and len(set(lengths)) > 1
     torch.testing.assert_close(moved, ours, rtol=1e-3, atol=1e-6)
+
+
+def test_a_kl_term_adds_nothing_to_the_first_step_of_a_run(tmp_path):
+    """There the policy is the term's reference. From the second step on, the term does act."""
+    def moved(steps, beta):
+        return steps_of_trl(policy(), tmp_path, steps, beta=beta)[0]
+
+    first = moved(1, beta=0.0)
+    assert first.any()
+    torch.testing.assert_close(moved(1, beta=0.5), first)
+    assert not torch.allclose(moved(2, beta=0.5), moved(2, beta=0.0), rtol=1e-3)
 
 
 # ---- channels
