@@ -272,6 +272,19 @@ def base_success(study: Study, grader: str = "exact") -> pd.DataFrame:
     return found
 
 
+def step_cosines(folder: Path) -> pd.Series:
+    """The cosine of a step under each arm of a study, the mean over base policies; may be empty.
+
+    notebooks/appendix/gradient measures it, and writes gradient*/cosines.csv beside the studies.
+    """
+    tables = [pd.read_csv(file) for file in sorted(folder.parent.glob("gradient*/cosines.csv"))]
+    if not tables:
+        return pd.Series(dtype=float)
+    measured = pd.concat(tables)
+    here = measured[measured["study"] == folder.name]
+    return here.groupby("arm")["cosine"].mean()
+
+
 def pairs_of_equal_J(study: Study, distinct: list[str]) -> pd.DataFrame:
     """Paired differences of arms that share their J and differ in channel or noise level alone."""
     arms = study.results.set_index("arm").loc[distinct]

@@ -179,3 +179,15 @@ def test_the_answer_without_a_test_or_a_comparison_says_so():
     assert answer([CLEAN]) == ["No noisy arm is compared with a clean one here, so nothing is said about noise.",
                                "Accuracy rises from 40.0 % to 80.0 %."]
     assert answer([CLEAN], before=0.9)[1] == "Accuracy falls from 90.0 % to 80.0 %."
+
+
+def test_cosines_of_a_study_are_means_over_base_policies_from_all_tables_beside_it(tmp_path):
+    assert report.step_cosines(tmp_path / "channels").empty
+    rows = [("channels", "clean", 0, 0.3), ("channels", "clean", 1, 0.5), ("tiny", "clean", 0, 0.9)]
+    for name, some in (("gradient", rows), ("gradient-smol", [("language-model-smol", "flip 0.1", 0, 0.2)])):
+        (tmp_path / name).mkdir()
+        table = pd.DataFrame(some, columns=["study", "arm", "base_seed", "cosine"])
+        table.to_csv(tmp_path / name / "cosines.csv", index=False)
+    assert report.step_cosines(tmp_path / "channels").to_dict() == pytest.approx({"clean": 0.4})
+    assert report.step_cosines(tmp_path / "language-model-smol").to_dict() == pytest.approx({"flip 0.1": 0.2})
+    assert report.step_cosines(tmp_path / "seeds-smol").empty

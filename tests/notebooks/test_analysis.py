@@ -200,9 +200,14 @@ def test_one_noise_under_two_names_counts_once_if_no_prompt_comes_twice(tmp_path
 def test_a_measured_cosine_stands_beside_theory(tmp_path):
     folder = write_study(tmp_path / "cosine", questions=60, steps=4)
     arms = pd.read_csv(folder / "runs.csv")["arm"].unique()
-    pd.DataFrame({"arm": arms, "cosine": np.linspace(1, 0.1, len(arms))}).to_csv(folder / "gradient.csv", index=False)
+    (tmp_path / "gradient").mkdir()
+    cosines = np.linspace(0.77, 0.1, len(arms))
+    measured = pd.DataFrame({"study": "cosine", "arm": arms, "base_seed": 0, "cosine": cosines})
+    measured.to_csv(tmp_path / "gradient/cosines.csv", index=False)
     shown = execute_analysis(folder)
-    assert "cosine" in shown["kept"][0]["text/html"] and "signal to noise − cosine" in shown["ranks"][0]["text/plain"]
+    table = shown["kept"][0]["text/html"]
+    assert "<th>cosine</th>" in table and "0.77" in table
+    assert "signal to noise − cosine" in shown["ranks"][0]["text/plain"]
 
 
 # ---- the audit of the noise
