@@ -56,8 +56,9 @@ def test_no_output_is_an_error(executed):
 
 def test_the_results_page_has_the_published_cosines():
     measured = report.step_cosines(ROOT / "outputs/channels")
-    rows = [line.split(" | ") for line in (ROOT / "docs/results.md").read_text().splitlines()]
-    shown = {row[0].strip("| "): re.findall(r"\.\d\d", row[5]) for row in rows if len(row) == 7}
+    lines = (ROOT / "docs/results.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    shown = {row[0]: re.findall(r"\.\d\d", row[5]) for row in rows if len(row) == 7}
     shown = {name: cosines for name, cosines in shown.items() if cosines}
     assert len(shown) == 6
     for name, cosines in shown.items():
