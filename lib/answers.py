@@ -687,7 +687,7 @@ def _structures(gold: Answer, answer: Answer) -> tuple[Tree, Tree] | None:
     if gold.has_words or answer.has_words:
         return None
     ours, theirs = _texts_to_compare(gold, answer)
-    if not _labels_agree(gold, answer) or _case_clash(ours + theirs):
+    if not _labels_agree(gold, answer) or _case_clash(f"{ours} {theirs}"):
         return None
     gold_tree, answer_tree = structure(ours), structure(theirs)
     if not _alike(gold_tree, answer_tree):

@@ -628,3 +628,11 @@ def test_math_gold_answers_do_not_match_others(solutions, verifier):
     # Another order, or the same text but for markup, a label and the brackets of (A).
     forms = [[sorted(re.sub("[()]", "", normalize(gold))) for gold in pair] for pair in accepted]
     assert all(form == other for form, other in forms)
+
+
+@pytest.mark.parametrize("gold, answer", [(r"X+\pi", r"x+\pi"), (r"x+\pi", r"X+\pi"), (r"R^2\pi", r"r^2\pi"),
+                                          (r"c\theta", r"C\theta")])
+def test_a_capital_after_a_command_is_not_taken_for_a_part_of_it(verifier, gold, answer):
+    """A command at the end of one text and a letter at the beginning of the other are not one command."""
+    assert not verifier.grade([gold], [rf"\boxed{{{answer}}}"])[0].correct
+    assert verifier.grade([gold], [rf"\boxed{{{gold}}}"])[0].correct
