@@ -199,13 +199,17 @@ def without_reference(cells: list[Cell]) -> Iterator[str]:
     named = [cell for cell in cells if cell.name]
     unnamed = {arm_of(cell.params) for cell in cells if not cell.name}
     names = {cell.name for cell in named}
-    compared = {cell.reference: cell.name for cell in named}  # reference -> an arm
+    compared: dict[str, list[str]] = {}  # reference -> arms
+    for cell in named:
+        compared.setdefault(cell.reference, []).append(cell.name)
     for reference in sorted(compared.keys() - names):
+        arms = list(dict.fromkeys(compared[reference]))
+        verb = "is" if len(arms) == 1 else "are"
         why = f"no arm has that name{nearest(reference, names)}: give an arm this name"
         if reference == "clean" and "clean" in unnamed:
             why = "the arm without noise has no name: give it `name: clean`"
-        yield (f"{compared[reference]!r} is compared with {reference!r}, and {why}, or set "
-               "`reference` (in an arm, or for the whole study) to the name of one")
+        yield (f"{', '.join(map(repr, arms))} {verb} compared with {reference!r}, and {why}, or "
+               "set `reference` (in an arm, or for the whole study) to the name of one")
 
 
 def arm_of(params: Params) -> str:

@@ -339,7 +339,7 @@ class Sweep:
         """The live table: a row for each running run, and a line about all."""
         table = Table("run", "step", "clean reward", "s a step", "left", box=None, pad_edge=False)
         for job in self.those("running")[:SHOWN]:
-            table.add_row(job.name, *progress_of(job.params))
+            table.add_row(job.name, *(progress_of(job.params) or ["starting"]))
         count = Counter(job.status for job in self.jobs)
         line = ", ".join(f"{n} {status}" for status, n in sorted(count.items()))
         line += f"; {(time.monotonic() - self.began) / 60:.0f} min since the start"

@@ -152,6 +152,8 @@ def test_an_arm_without_the_one_that_it_is_compared_with_is_refused(tmp_path):
     message = refusal(tmp_path, "title: t\narms: [{name: a, mask_rate: 0.1}]\nseeds: [0]\n")
     assert message.startswith("bad.yaml: 'a' is compared with 'clean', and no arm has that name")
     assert "give an arm this name, or set `reference`" in message
+    message = refusal(tmp_path, "title: t\narms: [{name: a, mask_rate: 0.1}, {name: b, mask_rate: 0.2}]\nseeds: [0]\n")
+    assert message.startswith("bad.yaml: 'a', 'b' are compared with 'clean'")
     message = refusal(tmp_path, "title: t\narms: [{}, {name: a, mask_rate: 0.1}]\nseeds: [0]\n")
     assert message.startswith("bad.yaml: 'a' is compared with 'clean', and the arm without noise has no name: give it")
     message = refusal(tmp_path, "title: t\nreference: clen\narms: [{name: clean}, {name: a, mask_rate: 0.1}]\n"
