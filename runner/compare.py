@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lib import plots, report, stats
-from runner import OUTPUTS, ROOT, dataset, results
+from runner import OUTPUTS, ROOT, dataset, results, targets
 from runner.files import read_json
 from runner.reading import nearest
 
@@ -43,14 +43,12 @@ class Side(NamedTuple):
 
 def read_side(what: str) -> Side:
     """The study or run of this name. ValueError with the nearest names if there is none."""
-    places = [ROOT / what]
-    for store in STORES:
-        places += [store / what, store / "runs" / what]
-    for folder in places:
+    for folder in (ROOT / what, *(store / what for store in STORES)):
         if (folder / "runs.csv").exists():
             return read_study(folder)
-        if (folder / "params.json").exists():
-            return read_run(folder)
+    folder = targets.folder_of_run(what)
+    if folder:
+        return read_run(folder)
     for table in tables():
         if what in set(pd.read_csv(table, usecols=["run_id"])["run_id"]):
             return read_run_of(table.parent, what)

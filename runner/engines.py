@@ -22,7 +22,7 @@ RANKS = (8, 16, 32, 64, 128, 256, 512)  # of adapters, as vLLM allocates them
 BASE = "base"  # the name under which a rollout server knows the base policy
 SERVER_MEMORY = 0.2  # the part of a GPU for a server; the runs that train there have the rest
 ROLLOUT_MEMORY = 0.3  # the largest part of the GPU for a colocated engine; the trainer has the rest
-FREE_MEMORY = 0.85  # the part of the GPU that must be free for an engine that has it alone
+ALONE_MEMORY = 0.85  # the part of a GPU that an engine takes which has it alone; it must be free
 WORKING_MEMORY = 4 * 2**30  # bytes that vLLM needs beside weights, keys and values
 OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
                  "No available memory for the cache", "To serve at least one request",
@@ -118,7 +118,7 @@ def check_engine(engine: str, part: float | None = None):
         raise ValueError(f"engine={engine!r} computes in bf16, which this GPU lacks (compute "
                          f"capability {capability:g}, and 8.0 is needed): use an A100, H100 or "
                          "newer, or engine='transformers'")
-    if engine not in SHARING and free < FREE_MEMORY * total:
+    if engine not in SHARING and free < ALONE_MEMORY * total:
         raise ValueError(f"engine={engine!r} needs a GPU to itself, and of {total / 1024:.0f} GiB "
                          f"only {free / 1024:.1f} GiB are free: stop what else runs there")
 

@@ -23,7 +23,7 @@ from datasets import disable_progress_bars
 from transformers.utils import logging as transformers_logging
 
 from lib import report
-from runner import engines, files, parameters, policies, rewardlog, runs
+from runner import engines, files, parameters, policies, rewardlog, runs, server
 from runner.engines import BASE
 from runner.rollouts import AT_ONCE, request_seed
 
@@ -59,8 +59,6 @@ class Served:
     """vLLM servers, which are given each adapter in turn; each answers a part of the questions."""
 
     def __init__(self, of: list[parameters.Params], tokenizer, stop_token_ids, seed: int):
-        from runner import server
-
         torch.cuda.empty_cache()
         log = server.log_folder(of[0]) / "evaluation"
         self.stack = ExitStack()

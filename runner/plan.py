@@ -84,7 +84,7 @@ def split_gpus(grid: list[Params], address: str | None, servers: int | None) -> 
         return Gpus(gpus, gpus)
     if not 0 < servers < len(gpus):
         raise ValueError(f"--engines {servers}: this machine has {len(gpus)} GPUs")
-    return Gpus(gpus[:servers], gpus[servers:], engines.FREE_MEMORY)
+    return Gpus(gpus[:servers], gpus[servers:], engines.ALONE_MEMORY)
 
 
 def check_rollout_url(url: str):

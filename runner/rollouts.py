@@ -226,11 +226,12 @@ class Rollouts:
             self._of_base = self.client.score(BASE, self._probe)
             with policy.disable_adapter():
                 own = own_logprobs(trainer, policy, self._probe[:1], self._probe[1:])
-            if mean_distance(self._of_base, own) > NEAR:
+            apart = mean_distance(self._of_base, own)
+            if apart > NEAR:
                 raise RuntimeError(
-                    f"the base policy of the rollout server is not this run's: log-probabilities "
-                    f"of a prompt differ by {mean_distance(self._of_base, own):.2f} on average. "
-                    f"Start the server with this run's model, {self.params.model}")
+                    "the base policy of the rollout server is not this run's: log-probabilities "
+                    f"of a prompt differ by {apart:.2f} on average. Start the server with this "
+                    f"run's model, {self.params.model}")
         scores = self.client.score(name, self._probe)
         moved = max_distance(scores, self._of_base)
         if moved == 0 and largest_of_b(policy) > SILENT:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:  # it imports torch, which takes seconds and which a server do
     from runner.rollouts import Client
 
 START_LIMIT = 900  # seconds until a server must answer for the first time
-ALONE_MEMORY = 0.85  # the part of a GPU that a server takes which has it to itself
 GRAPH_SIZES = [1, 8, 32, 64, 128, 256, 512]  # batch sizes with a CUDA graph: a hundred take longer
 
 
@@ -65,7 +64,7 @@ class Serving:
 class Server:
     """A vLLM server on this machine. It is started again when it dies, until `stop` is called."""
 
-    def __init__(self, serving: Serving, log: Path, memory: float = ALONE_MEMORY,
+    def __init__(self, serving: Serving, log: Path, memory: float = engines.ALONE_MEMORY,
                  gpu: str | None = None):
         """Start it; `wait` returns when it answers.
 
@@ -163,7 +162,7 @@ def _end_with_parent():
 
 
 @contextmanager
-def clients(grid: list[Params], log: Path, memory: float = ALONE_MEMORY,
+def clients(grid: list[Params], log: Path, memory: float = engines.ALONE_MEMORY,
             completions: int | None = None) -> Iterator[list["Client"]]:
     """Clients of the server that the environment names, else of servers for the time of the block.
 
@@ -219,10 +218,6 @@ class NodeServers:
         """url, key and gpu of each server, when all of them answer."""
         return [{"url": server.wait().url, "key": server.key, "gpu": server.gpu}
                 for server in self.servers]
-
-    def restarts(self) -> int:
-        """How often a server has died and was started again."""
-        return sum(server.restarts for server in self.servers)
 
     def stop(self):
         """End them all."""

@@ -199,11 +199,10 @@ def without_reference(cells: list[Cell]) -> Iterator[str]:
     named = [cell for cell in cells if cell.name]
     unnamed = {arm_of(cell.params) for cell in cells if not cell.name}
     names = {cell.name for cell in named}
-    compared: dict[str, list[str]] = {}  # reference -> arms
-    for cell in named:
-        compared.setdefault(cell.reference, []).append(cell.name)
-    for reference in sorted(compared.keys() - names):
-        arms = list(dict.fromkeys(compared[reference]))
+    references = {cell.reference for cell in named}
+    for reference in sorted(references - names):
+        compared = [cell.name for cell in named if cell.reference == reference]
+        arms = list(dict.fromkeys(compared))  # once, not once a seed
         verb = "is" if len(arms) == 1 else "are"
         why = f"no arm has that name{nearest(reference, names)}: give an arm this name"
         if reference == "clean" and "clean" in unnamed:

@@ -20,7 +20,18 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from runner import ROOT, WORK, dataset, engines, parameters, plan, provenance, runs, task
+from runner import (
+    ROOT,
+    WORK,
+    dataset,
+    engines,
+    parameters,
+    plan,
+    provenance,
+    runs,
+    server,
+    task,
+)
 from runner.parameters import Params
 
 TRIES = 2  # of a run that was killed, crashed, or lost its node
@@ -184,8 +195,6 @@ def rollout_servers(ray, jobs: list[Job], needs: dict[str, float], gpus: plan.Gp
     if not plan.need_servers(waiting):
         yield None
         return
-    from runner import server  # torch, which takes seconds
-
     nodes = living_nodes(ray)
     servers = len(gpus.serving or []) or sum(node.get("GPU", 0) for node in nodes) or len(nodes)
     at_once = math.ceil(min(room(nodes, needs), len(waiting)) / servers)

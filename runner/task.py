@@ -40,7 +40,7 @@ def execute(params: dict, gpu_share: float = 0, marker: str | None = None,
         if not is_ours or status == "running":  # running without a task: in somebody's notebook
             return {"status": "elsewhere"}
         if status != "done":
-            prepare_environment(folder.name, gpu_share, servers)
+            prepare_kernel(folder.name, gpu_share, servers)
         failure = None if status == "done" else train(params, folder)
     return failure or {"status": "done"}
 
@@ -70,7 +70,7 @@ def is_taken(folder: Path) -> bool:
         return not is_free
 
 
-def prepare_environment(run_id: str, gpu_share: float, servers: dict[str, list[dict]] | None):
+def prepare_kernel(run_id: str, gpu_share: float, servers: dict[str, list[dict]] | None):
     """Set what the run's kernel reads: its part of a GPU, and the rollout server that it asks."""
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
     if servers:
