@@ -7,14 +7,15 @@ import pandas as pd
 import pytest
 from synthetic_study import write_study
 
-from runner import ROOT, compare, parameters
+from runner import ROOT, compare, parameters, targets
 from runner.__main__ import main
 
 
 @pytest.fixture
 def outputs(tmp_path, monkeypatch):
     """A folder of results of one's own, before the published ones."""
-    monkeypatch.setattr(compare, "OUTPUTS", tmp_path / "outputs")
+    for module in (compare, targets):
+        monkeypatch.setattr(module, "OUTPUTS", tmp_path / "outputs")
     monkeypatch.setattr(compare, "STORES", (tmp_path / "outputs", ROOT / "outputs"))
     return tmp_path / "outputs"
 
