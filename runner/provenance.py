@@ -30,7 +30,7 @@ DECISIVE = (
     "runner/execution.py", "runner/files.py", "runner/hub.py", "runner/model_files.py",
     "runner/parameters.py", "runner/parts.py", "runner/policies.py", "runner/problems.py",
     "runner/provenance.py", "runner/reading.py", "runner/rewardlog.py", "runner/rollouts.py",
-    "runner/runs.py", "runner/server.py",
+    "runner/runs.py", "runner/server.py", "runner/trainer.py",
 )
 
 

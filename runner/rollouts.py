@@ -225,7 +225,7 @@ class Rollouts:
             self._probe = first_prompt
             self._of_base = self.client.score(BASE, self._probe)
             with policy.disable_adapter():
-                own = own_logprobs(trainer, policy, self._probe[:1], self._probe[1:])
+                own, = own_logprobs(trainer, policy, self._probe[:1], [self._probe[1:]])
             apart = mean_distance(self._of_base, own)
             if apart > NEAR:
                 raise RuntimeError(
@@ -269,23 +269,31 @@ class Rollouts:
 
     def _compare(self, trainer, policy, prompt: list[int], group: list[Completion]):
         """Log how far engine and trainer differ on the tokens of one group."""
+        ids = [completion.ids for completion in group]
+        own = own_logprobs(trainer, policy, prompt, ids, self.params.temperature)
         differences = []
-        for completion in group:
-            own = own_logprobs(trainer, policy, prompt, completion.ids, self.params.temperature)
-            differences += [abs(a - b) for a, b in zip(own, completion.logprobs, strict=True)]
+        for ours, completion in zip(own, group, strict=True):
+            differences += [abs(a - b) for a, b in zip(ours, completion.logprobs, strict=True)]
         self.metrics["engine/logprob_difference_mean"] = sum(differences) / len(differences)
         self.metrics["engine/logprob_difference_max"] = max(differences)
 
 
 @torch.no_grad()
-def own_logprobs(trainer, policy, prompt: list[int], completion: list[int],
-                 temperature: float = 1.0) -> list[float]:
-    """The trainer's log-probabilities of a completion's tokens, computed as in its loss."""
-    ids = torch.tensor([prompt + completion], device=policy.device)
+def own_logprobs(trainer, policy, prompt: list[int], completions: list[list[int]],
+                 temperature: float = 1.0) -> list[list[float]]:
+    """The trainer's log-probabilities of the tokens of each completion, computed as in its loss."""
+    longest = max(map(len, completions))
+    padded = [prompt + ids + [0] * (longest - len(ids)) for ids in completions]  # nothing sees it
+    ids = torch.tensor(padded, device=policy.device)
     with trainer.compute_loss_context_manager():
-        logits = policy(ids, logits_to_keep=len(completion) + 1).logits[0, :-1]
-    logprobs = (logits.float() / temperature).log_softmax(-1)
-    return logprobs.gather(1, ids[0, -len(completion):, None])[:, 0].tolist()
+        logits = policy(ids, logits_to_keep=longest + 1).logits[:, :-1]
+
+    found = []
+    for row, tokens in zip(logits, completions, strict=True):  # in turn: the vocabulary is large
+        logprobs = (row[:len(tokens)].float() / temperature).log_softmax(-1)
+        chosen = torch.tensor(tokens, device=policy.device)
+        found.append(logprobs.gather(1, chosen[:, None])[:, 0].tolist())
+    return found
 
 
 def largest_of_b(policy) -> float:

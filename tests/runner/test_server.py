@@ -98,7 +98,7 @@ def test_completions_follow_the_seed_and_bring_their_log_probabilities(client, b
     assert first == client.complete(BASE, prompt, seed=3, **how) != client.complete(BASE, prompt, seed=9, **how)
     trainer = SimpleNamespace(compute_loss_context_manager=torch.no_grad)
     for completion in first:
-        own = rollouts.own_logprobs(trainer, model, prompt, completion.ids, 0.7)
+        own, = rollouts.own_logprobs(trainer, model, prompt, [completion.ids], 0.7)
         assert rollouts.max_distance(own, completion.logprobs) < 1e-4
 
 

@@ -1,8 +1,9 @@
 """The training part of a step, timed under one choice of options: `python training_step.py MODEL OUT.json OPTIONS`.
 
-OPTIONS is JSON for GRPOConfig, such as '{"per_device_train_batch_size": 32, "use_liger_kernel": true}'. Completions are
-made up: 128 of random lengths around those of MATH. So no engine takes part, and what is timed is forward passes, loss,
-backward passes and the optimiser. The loss is TRL's own.
+OPTIONS is JSON for GRPOConfig, such as '{"per_device_train_batch_size": 32}'. It may also hold `trainer`: "trl" (as it
+is) or "arranged" (`runner.trainer`). `signal` is the share of groups whose rewards differ. Completions are made up: 128
+of random lengths around those of MATH. So no engine takes part, and what is timed is forward passes, loss, backward
+passes and the optimiser. The loss is TRL's own.
 """
 
 import json
@@ -17,12 +18,16 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from runner.trainer import Trainer
+
 PROMPTS, GROUP = 16, 8  # prompts of a step, and completions of each
 PROMPT_TOKENS, COMPLETION_TOKENS = (60, 300), (120, 512)  # shortest and longest
 
 folder, out, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
 steps = options.pop("max_steps", 4)
 longest = options.pop("longest", COMPLETION_TOKENS[1])
+kind = {"trl": GRPOTrainer, "arranged": Trainer}[options.pop("trainer", "trl")]
+signal = options.pop("signal", 1.0)
 on_gpu = torch.cuda.is_available()
 tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
 if tokenizer.pad_token is None:
@@ -45,9 +50,11 @@ def rollout(prompts, trainer):
 
 
 def coin(completions, **_):
-    """Rewards that differ within a group; then the training part begins."""
+    """Rewards that differ within a share of the groups, and are 0 in the others; then the training part begins."""
     clock.begin()
-    return [float(draw.random() < 0.5) for _ in completions]
+    groups = len(completions) // GROUP
+    taught = [i < round(signal * groups) for i in range(groups)]
+    return [float(taught[i // GROUP] and i % 2) for i in range(len(completions))]
 
 
 class Clock(TrainerCallback):
@@ -76,10 +83,10 @@ config = GRPOConfig(output_dir=str(out.with_suffix(".checkpoints")), report_to="
                     gradient_accumulation_steps=PROMPTS * GROUP // batch, max_completion_length=longest,
                     bf16=on_gpu, use_cpu=not on_gpu, learning_rate=1e-5,
                     **({"gradient_checkpointing": False} | options))
-trainer = GRPOTrainer(model=model.to("cuda" if on_gpu else "cpu"), args=config, reward_funcs=coin,
-                      train_dataset=Dataset.from_dict({"prompt": ["1+1="] * 64}), processing_class=tokenizer,
-                      peft_config=LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
-                      callbacks=[clock], rollout_func=rollout)
+trainer = kind(model=model.to("cuda" if on_gpu else "cpu"), args=config, reward_funcs=coin,
+               train_dataset=Dataset.from_dict({"prompt": ["1+1="] * 64}), processing_class=tokenizer,
+               peft_config=LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+               callbacks=[clock], rollout_func=rollout)
 trainer.train()
 peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
 out.write_text(json.dumps({"options": json.loads(sys.argv[3]), "seconds": clock.seconds, "peak_memory_gib": peak}))
