@@ -26,7 +26,7 @@ def rollout(prompts, owner):
             "completion_ids": completions, "logprobs": None}
 
 
-def trained(kind, rewarded: str, **options) -> tuple[dict[str, torch.Tensor], list[int], list[dict]]:
+def trained(folder, kind, rewarded: str, **options) -> tuple[dict[str, torch.Tensor], list[int], list[dict]]:
     """Adapter after three steps, completions of each micro-batch that reached the model, and the log.
 
     The optimiser is SGD, since Adam enlarges rounding.
@@ -45,7 +45,7 @@ def trained(kind, rewarded: str, **options) -> tuple[dict[str, torch.Tensor], li
 
     set_seed(1)
     config = GRPOConfig(
-        output_dir="unused", report_to="none", use_cpu=True, max_steps=3, learning_rate=1.0, optim="sgd",
+        output_dir=str(folder), report_to="none", use_cpu=True, max_steps=3, learning_rate=1.0, optim="sgd",
         logging_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=GROUP * GROUPS // 2,
         num_generations=GROUP, max_completion_length=12, save_strategy="no", disable_tqdm=True, bf16=False, **options)
     lora = LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -56,9 +56,9 @@ def trained(kind, rewarded: str, **options) -> tuple[dict[str, torch.Tensor], li
 
 
 @pytest.mark.parametrize("options", [{}, {"num_iterations": 2}, {"beta": 0.1}, {"scale_rewards": "none"}], ids=str)
-def test_the_weights_are_those_of_trls_own_trainer(options):
-    ours, rows, log = trained(trainer.Trainer, "some", **options)
-    theirs, their_rows, their_log = trained(GRPOTrainer, "some", **options)
+def test_the_weights_are_those_of_trls_own_trainer(options, tmp_path):
+    ours, rows, log = trained(tmp_path, trainer.Trainer, "some", **options)
+    theirs, their_rows, their_log = trained(tmp_path, GRPOTrainer, "some", **options)
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-6, msg=name)
     moved = max(weight.abs().max() for name, weight in theirs.items() if "lora_B" in name)
@@ -69,15 +69,15 @@ def test_the_weights_are_those_of_trls_own_trainer(options):
     assert [row["grad_norm"] for row in log[:3]] == pytest.approx([row["grad_norm"] for row in their_log[:3]], rel=1e-3)
 
 
-def test_a_step_in_which_no_group_has_a_signal_changes_nothing_and_does_not_stop():
-    weights, rows, log = trained(trainer.Trainer, "none")
+def test_a_step_in_which_no_group_has_a_signal_changes_nothing_and_does_not_stop(tmp_path):
+    weights, rows, log = trained(tmp_path, trainer.Trainer, "none")
     assert all(weight.abs().max() == 0 for name, weight in weights.items() if "lora_B" in name)
     assert rows == [1, 1, 1]
     assert [row["grad_norm"] for row in log[:3]] == [0, 0, 0]
 
 
-def test_another_loss_is_trained_by_trl_alone():
-    _, rows, _ = trained(trainer.Trainer, "some", loss_type="dr_grpo")
+def test_another_loss_is_trained_by_trl_alone(tmp_path):
+    _, rows, _ = trained(tmp_path, trainer.Trainer, "some", loss_type="dr_grpo")
     assert rows == [2] * (3 * GROUP * GROUPS // 2)
 
 
