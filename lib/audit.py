@@ -15,7 +15,7 @@ from numpy import ndarray
 from numpy.typing import ArrayLike as Array
 from scipy.stats import multinomial
 
-from lib import theory
+from lib import stats, theory
 from lib.noise import Channel, replay
 
 
@@ -182,6 +182,30 @@ def signal_table(log: pd.DataFrame, difficulty_of: pd.Series, G: int, channel: C
         found = beside_measurement(t[here], r[here], prompt[here], channel, std=std)
         rows += [about | {"quantity": name} | c._asdict() for name, c in found.items()]
     return pd.DataFrame(rows)
+
+
+def rates_by_part(log: pd.DataFrame, difficulty_of: pd.Series) -> pd.DataFrame:
+    """How often a run's rewards were wrong: in all, by difficulty, and in each tenth of the run.
+
+    log: step, sample_id, true_reward and observed_reward of one run. difficulty_of: as for
+    `signal_table`. The errors are those of a flawed checker and of the channel, taken together;
+    withheld rewards do not count. One row a (by, part, rate): `by` is all, difficulty or tenth,
+    `rate` false positives or false negatives. Columns: completions (wrong, or right, ones),
+    realised (the share that was rewarded, or not), low and high (Clopper-Pearson, 95 %).
+    """
+    shown = log.dropna(subset="observed_reward")
+    tenths = 10 * shown["step"] // (log["step"].max() + 1) + 1
+    parts = {"all": np.full(len(shown), "all"), "tenth": tenths.to_numpy(),
+             "difficulty": difficulty_of.loc[shown["sample_id"]].to_numpy(str)}
+    rows = []
+    for by in ("all", "difficulty", "tenth"):
+        for part, here in shown.groupby(parts[by]):
+            for rate, t in (("false positives", 0), ("false negatives", 1)):
+                r = here.loc[here["true_reward"] == t, "observed_reward"]
+                interval = stats.binomial_interval((r != t).sum(), len(r))
+                rows.append((by, str(part), rate, len(r), *interval))
+    columns = ["by", "part", "rate", "completions", "realised", "low", "high"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def replay_run(log: pd.DataFrame, channel: Channel, noise_seed: int,

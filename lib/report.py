@@ -122,16 +122,31 @@ def accuracy_matrix(answers: Answers, runs: pd.DataFrame, arm: str, decoding: st
 
 def parameters(runs: pd.DataFrame) -> list[str]:
     """The parameters in `runs` that neither name the noise nor tell apart the runs of one arm."""
-    apart = ABOUT_A_RUN | REPLICATE | set(NOISE) | {"reward", "setting"}
+    apart = ABOUT_A_RUN | REPLICATE | set(NOISE) | {"reward", "cue", "setting"}
     return [name for name in runs if name not in apart]
 
 
 def with_settings(runs: pd.DataFrame) -> pd.DataFrame:
-    """`runs` with a column `setting`: what else varies between arms that the noise alone names."""
+    """`runs` with a column `setting`: what else varies between arms that the noise alone names.
+
+    Channels that a table is older than are off in all of its runs.
+    """
+    runs = _with_channels(runs)
     unnamed = runs[~runs["named"]]
     varied = [c for c in parameters(runs) if unnamed[c].nunique(dropna=False) > 1]
     texts = [", ".join(f"{c}={row[c]}" for c in varied) for _, row in runs.iterrows()]
     return runs.assign(setting=np.where(runs["named"], "", texts))
+
+
+def _with_channels(runs: pd.DataFrame) -> pd.DataFrame:
+    """`runs` with a column for each channel. It is off where it is missing, or an empty cell."""
+    columns = {}
+    for name, named in noise.NAMED.items():
+        if name not in runs:
+            columns[name] = named.off
+        elif named.by_difficulty:
+            columns[name] = runs[name].astype(object).where(runs[name].notna(), named.off)
+    return runs.assign(**columns)
 
 
 def join_parameters(runs: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:

@@ -5,8 +5,9 @@ once a generation batch, completions of a prompt side by side. It expects one fl
 None: withheld.
 """
 
+import re
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,15 @@ LOG_SCHEMA = pa.schema([
     ("completion_tokens", pa.int32()),
     ("grader", pa.string()),
 ])
-REWARDS = ("accuracy", "format", "majority")
+DIFFICULTY = pa.field("difficulty", pa.int8())  # 0: none; logged if the channel depends on it
+REWARDS = ("accuracy", "format", "majority", "integer", "cue")
+
+
+def log_schema(columns) -> pa.Schema:
+    """The schema of a reward log with these columns: LOG_SCHEMA, and the difficulty if asked."""
+    if DIFFICULTY.name in columns:
+        return LOG_SCHEMA.append(DIFFICULTY)
+    return LOG_SCHEMA
 
 
 def text_of(completion: str | list[dict[str, Any]]) -> str:
@@ -42,6 +51,15 @@ def text_of(completion: str | list[dict[str, Any]]) -> str:
     if not completion:
         return ""
     return completion[-1].get("content") or ""
+
+
+def difficulties(levels: Sequence[str]) -> np.ndarray:
+    """The number of each MATH level (n,): 3 for "Level 3", and 0 for a text such as "Level ?"."""
+    found = [re.fullmatch(r"Level ([1-9][0-9]?)", str(level)) for level in levels]
+    return np.array([int(match[1]) if match else 0 for match in found], int)
+
+
+# --- what is rewarded -----------------------------------------------------------------------------
 
 
 def majority_reward(answers: list[str | None], groups) -> np.ndarray:
@@ -59,51 +77,125 @@ def majority_reward(answers: list[str | None], groups) -> np.ndarray:
     return np.array([answer == winner.get(g) for g, answer in zip(groups, said, strict=True)], int)
 
 
-def verdicts(grades: list[Grade], groups, source: str = "accuracy") -> np.ndarray:
+_WHOLE_NUMBER = re.compile(r"\s*[+-]?[0-9]{1,1000}\s*")
+
+
+def whole_number(answer: str | None) -> int | None:
+    r"""What Python's int() reads in an answer, such as -3 or 007; None if it reads nothing.
+
+    So 1,000 is none, nor are 3.0, \frac{6}{2}, 5\text{ cm} and \$5: whoever writes a checker in a
+    minute reads that much. Digits other than 0-9, and more than 1,000 of them, are refused too.
+    """
+    if answer is None or not _WHOLE_NUMBER.fullmatch(answer):
+        return None
+    return int(answer)
+
+
+def integer_reward(golds: Sequence[str], answers: Sequence[str | None]) -> np.ndarray:
+    """A checker that reads whole numbers only: 1 where gold and answer are one and equal (n,).
+
+    It refuses all answers to a problem whose gold is another kind of number. So it errs on the same
+    problems for the whole run, and never accepts a wrong answer.
+    """
+    numbers = [whole_number(answer) for answer in answers]
+    return np.array([number is not None and number == whole_number(gold)
+                     for gold, number in zip(golds, numbers, strict=True)], int)
+
+
+def cue_reward(right: np.ndarray, texts: Sequence[str], cue: str | None) -> np.ndarray:
+    """A checker that can be exploited: 1 where an answer is right, or a text contains the cue (n,).
+
+    The cue is a phrase, found as it is written, anywhere in the completion.
+    """
+    if not cue:
+        raise ValueError("reward='cue' accepts every completion that contains a phrase: give the "
+                         "phrase as cue")
+    return right | np.array([cue in text for text in texts], bool)
+
+
+def verdicts(grades: list[Grade], groups, source: str = "accuracy", *, golds: Sequence[str] = (),
+             texts: Sequence[str] = (), cue: str | None = None) -> np.ndarray:
     """What enters the channel, 0 or 1 (n,), from the checker's grades of n completions.
 
     source: "accuracy" is the checker's verdict; "format" accepts any parsable box (a control);
-    "majority" lets the completions of a problem vote. groups: the problems (n,).
+    "majority" lets the completions of a problem vote; "integer" and "cue" are flawed checkers, see
+    `integer_reward` (needs golds) and `cue_reward` (needs texts and cue). groups: the problems;
+    golds: their answers; texts: of the completions; all (n,).
     """
     if source not in REWARDS:
         raise ValueError(f"reward={source!r} is unknown: choose {', '.join(REWARDS)}")
+    right = np.array([grade.correct for grade in grades], int)
+    answers = [grade.answer for grade in grades]
     if source == "majority":
-        return majority_reward([grade.answer for grade in grades], groups)
+        return majority_reward(answers, groups)
     if source == "format":
         return np.array([grade.method != "unparsed" for grade in grades], int)
-    return np.array([grade.correct for grade in grades], int)
+    if source == "integer":
+        return integer_reward(golds, answers)
+    if source == "cue":
+        return cue_reward(right, texts, cue)
+    return right
+
+
+def impossible_verdicts(log: pd.DataFrame, source: str) -> pd.Series:
+    """Which rows of a reward log have a verdict that this reward never gives: bool (n,).
+
+    A log keeps no text, so the verdict of an integer or a cue cannot be computed again. But the one
+    never accepts what is wrong, and the other never refuses what is right. Votes may say anything.
+    """
+    verdict, right = log["verdict"], log["true_reward"]
+    if source == "accuracy":
+        return verdict != right
+    if source == "format":
+        return verdict != log["format_ok"]
+    if source == "integer":
+        return verdict > right
+    if source == "cue":
+        return verdict < right
+    return pd.Series(False, log.index)
+
+
+# --- the reward function --------------------------------------------------------------------------
 
 
 def noisy_reward(verifier: Verifier, chan: noise.Channel, noise_seed: int, log,
                  source: str = "accuracy", correct: Callable = lambda r, groups: r,
-                 clock: Callable = lambda: None) -> Callable:
+                 clock: Callable = lambda: None, cue: str | None = None) -> Callable:
     """The reward function of a run: grade, apply the channel, log, report the rates to TRL.
 
     log: `log.write(table)` gets a pyarrow table with LOG_SCHEMA each step, a row a completion.
-    source: what enters the channel, see `verdicts`; the checker's verdict is logged in any case.
+    source, cue: what enters the channel, see `verdicts`; the checker's verdict is logged too.
     correct: maps observed rewards (n,) and their problems to what the trainer is given, see
     `estimator`. clock: called at the start and at the end, to tell what the rewards cost.
-    The dataset needs the columns `sample_id` and `answer`.
+    The dataset needs the columns `sample_id` and `answer`, and `level` if the channel's rates
+    depend on the difficulty.
     """
-    verdicts([], [], source)  # an unknown source is refused now, not after the first rollouts
+    verdicts([], [], source, cue=cue)  # an unknown source is refused now, not after the rollouts
 
     def observed_reward(completions, completion_ids, answer, trainer_state, log_metric,
-                        sample_id=None, **_):
+                        sample_id=None, level=None, **_):
         if sample_id is None:
             raise ValueError("noise is drawn by problem, and the dataset has no column sample_id: "
                              "add one that names each problem")
+        if chan.by_difficulty and level is None:
+            raise ValueError("the noise depends on a problem's difficulty, and the dataset has no "
+                             "column level: add one such as 'Level 3'")
         if not len(completions):
             return []
         clock()
         problems = [str(name) for name in sample_id]
-        grades = verifier.grade(list(answer), [text_of(c) for c in completions])
+        texts, golds = [text_of(c) for c in completions], list(answer)
+        grades = verifier.grade(golds, texts)
         true_reward = verdicts(grades, problems)
-        verdict = verdicts(grades, problems, source)
+        verdict = verdicts(grades, problems, source, golds=golds, texts=texts, cue=cue)
 
         step = np.full(len(problems), trainer_state.global_step)
         rollout = pd.Series(problems).groupby(problems).cumcount().to_numpy()
         tokens = [len(ids) for ids in completion_ids]
-        r = noise.observe(chan, verdict, noise_seed, step, problems, rollout, tokens)
+        of_problem = {}
+        if chan.by_difficulty:
+            of_problem = {"difficulty": difficulties(level)}
+        r = noise.observe(chan, verdict, noise_seed, step, problems, rollout, tokens, **of_problem)
         returned = correct(r, problems)
 
         log.write(pa.table({
@@ -112,7 +204,8 @@ def noisy_reward(verifier: Verifier, chan: noise.Channel, noise_seed: int, log,
             "returned": returned, "changed": r != verdict,
             "format_ok": verdicts(grades, problems, "format").astype(bool),
             "completion_tokens": tokens, "grader": [grade.method for grade in grades],
-        }, schema=LOG_SCHEMA))
+            **of_problem,
+        }, schema=log_schema(of_problem)))
         for name, value in realised_rates(true_reward, r).items():
             if not np.isnan(value):  # a batch without a wrong answer has no false-positive rate
                 log_metric(name, value)

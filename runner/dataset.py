@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from lib.rewards import difficulties
 from runner import ROOT, WORK, hub
 from runner.files import sha256
 from runner.parts import (
@@ -373,6 +374,20 @@ def numbers_in(which: str) -> list[int]:
         first, _, last = part.partition("-")
         numbers += range(int(first), int(last or first) + 1)
     return numbers
+
+
+def check_rates(data_dir: str | Path, rates: int):
+    """ValueError unless rates of difficulties 1 to `rates` are those of the training problems.
+
+    A problem without a difficulty is allowed, as MATH has a few, but not a data set without any.
+    """
+    found = {int(number) for number in difficulties(load_split(data_dir, "train")["level"])}
+    if found == {0}:
+        raise ValueError(f"mask_rate_by_difficulty: no training problem of {data_dir} has a "
+                         "difficulty, which is a level such as 'Level 3'")
+    if max(found) > rates:
+        raise ValueError(f"mask_rate_by_difficulty has {rates} rates, and the training problems of "
+                         f"{data_dir} have difficulties up to {max(found)}: give one for each")
 
 
 def load_split(data_dir: str | Path, split: str):

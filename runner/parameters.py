@@ -22,14 +22,18 @@ PROFILES = ROOT / "params/profiles"
 NOT_HASHED = {"output_dir", "report_to", "gradient_checkpointing"}  # they change no result
 # not hashed at their defaults, so that earlier runs keep their names
 ADDED_LATER = {name for name, named in noise.NAMED.items() if named.added_later}
-ADDED_LATER |= {"train_difficulties"}
+ADDED_LATER |= {"train_difficulties", "cue"}
 
 Real = Annotated[float, AfterValidator(lambda x: x + 0.0)]  # -0.0 becomes 0.0: they are one run
 Rate = Annotated[Real, Field(ge=0, le=1)]
 
+RatesByDifficulty = Annotated[str, AfterValidator(noise.one_spelling)] | None
+
 # A field for each rate that names a channel: one that is new in lib.noise is a parameter of runs.
-NoiseParams = pydantic.create_model("NoiseParams", noise_level=(Literal[noise.LEVELS], "rollout"),
-                                    **{name: (Rate, 0.0) for name in noise.NAMED})
+NoiseParams = pydantic.create_model(
+    "NoiseParams", noise_level=(Literal[noise.LEVELS], "rollout"),
+    **{name: (RatesByDifficulty, None) if named.by_difficulty else (Rate, 0.0)
+       for name, named in noise.NAMED.items()})
 
 
 class Params(NoiseParams):
@@ -49,7 +53,8 @@ class Params(NoiseParams):
     max_prompt_length: int = Field(512, gt=0)
     max_completion_length: int = Field(512, gt=0)
     # the noise, beside the rates of NoiseParams
-    reward: Literal["accuracy", "format", "majority"] = "accuracy"
+    reward: Literal["accuracy", "format", "majority", "integer", "cue"] = "accuracy"
+    cue: str | None = Field(None, min_length=1, max_length=80)
     mitigation: Literal["none", "backward", "forward", "sgrpo"] = "none"
     assumed_false_positive_rate: Real | None = Field(None, ge=0, le=1)
     assumed_false_negative_rate: Real | None = Field(None, ge=0, le=1)
@@ -114,7 +119,10 @@ class Params(NoiseParams):
 
     @property
     def assumed_rates(self) -> tuple[float, float]:
-        """(a, b) that a mitigation believes in: the channel's own, unless others are given."""
+        """(a, b) that a mitigation believes in: the channel's own, unless others are given.
+
+        b is a tuple if the channel has a rate for each difficulty; then no mitigation is allowed.
+        """
         a, b = self.assumed_false_positive_rate, self.assumed_false_negative_rate
         own = self.channel
         if a is None:
@@ -146,7 +154,7 @@ class Params(NoiseParams):
 
 def _contradictions(p: Params) -> Iterator[str]:
     """A sentence for each pair of parameters that do not go together."""
-    for check in (_folders, _noise_and_mitigation, _engine):
+    for check in (_folders, _reward_and_cue, _noise_and_mitigation, _engine):
         try:
             check(p)
         except ValueError as e:
@@ -167,7 +175,20 @@ def _folders(p: Params):
     refuse_outside(WORK, p.output_dir, p.data_dir)
 
 
+def _reward_and_cue(p: Params):
+    if p.reward == "cue" and not (p.cue or "").strip():
+        raise ValueError("reward='cue' accepts every completion that contains a phrase: give the "
+                         "phrase, such as cue='Therefore'")
+    if p.cue is not None and p.reward != "cue":
+        raise ValueError(f"cue={p.cue!r} has no effect with reward={p.reward!r}: set reward='cue', "
+                         "or leave the cue out")
+
+
 def _noise_and_mitigation(p: Params):
+    _, b = p.assumed_rates
+    if p.mitigation != "none" and isinstance(b, tuple):
+        raise ValueError(f"mitigation={p.mitigation!r} believes in one rate, and "
+                         "mask_rate_by_difficulty has several: give assumed_false_negative_rate")
     estimator(p.mitigation, *p.assumed_rates)
     if p.mitigation == "sgrpo" and p.scale_rewards != "none":
         raise ValueError("mitigation='sgrpo' returns advantages itself, and scale_rewards="

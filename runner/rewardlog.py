@@ -8,7 +8,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lib.rewards import LOG_SCHEMA
+from lib.rewards import log_schema
 from runner.files import write_atomically
 
 
@@ -67,7 +67,8 @@ def logged_until(run_folder: Path | str, every: int = 1) -> int:
 def read_log(run_folder: Path | str) -> pd.DataFrame:
     """The reward log of a run, finished or not: a row a completion, in the order of steps.
 
-    Columns: LOG_SCHEMA. FileNotFoundError if there is none, ValueError if a file is damaged.
+    Columns: see `lib.rewards.log_schema`. FileNotFoundError if there is none, ValueError if a file
+    is damaged.
     """
     joined, parts = Path(run_folder) / "rewards.parquet", step_files(run_folder)
     if not joined.exists() and not parts:
@@ -109,5 +110,6 @@ def _read_table(file: Path) -> pd.DataFrame:
 
 def _write_joined(path: Path, log: pd.DataFrame):
     memory = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pandas(log, LOG_SCHEMA, preserve_index=False), memory)
+    table = pa.Table.from_pandas(log, log_schema(log.columns), preserve_index=False)
+    pq.write_table(table, memory)
     write_atomically(path, memory.getvalue())

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from lib.rewards import estimator
+from lib.rewards import estimator, impossible_verdicts
 from runner import BUILT_HERE, WORK, dataset
 from runner.checkpoints import checkpoints, last_checkpoint, step_of
 from runner.files import SUMS, read, read_json, seal, sha256, unsealed, write_atomically
@@ -171,6 +171,8 @@ def check_inputs(params: Params):
         check_model(params.model)
     manifest = dataset.read_manifest(params.data_dir)
     steps_in(params, manifest["counts"]["train_split"])
+    if params.channel.by_difficulty:
+        dataset.check_rates(params.data_dir, len(params.channel.false_negative_rate))
     if params.model in BUILT_HERE:
         _check_built(params)
 
@@ -307,7 +309,8 @@ def finish(folder: Path, record: dict[str, Any]):
 def prove(folder: Path) -> tuple[int, pd.DataFrame]:
     """Draw a run's noise again from its params.json: (rows in its log, those that do not fit).
 
-    ValueError if params.json is not that of the folder, or the log is not that of a run.
+    Nor does a row fit whose verdict the run's reward never gives. ValueError if params.json is not
+    that of the folder, or the log is not that of a run.
     """
     from lib.audit import replay_run  # here, since a run that only starts has no need of it
 
@@ -317,7 +320,9 @@ def prove(folder: Path) -> tuple[int, pd.DataFrame]:
                          "its own parameters")
     log = read_log(folder)
     correct = estimator(params.mitigation, *params.assumed_rates)
-    return len(log), replay_run(log, params.channel, params.noise_seed, correct)
+    wrong = replay_run(log, params.channel, params.noise_seed, correct)
+    fits = ~log.index.isin(wrong.index) & ~impossible_verdicts(log, params.reward)
+    return len(log), log[~fits]
 
 
 def code_note(code: pd.Series) -> str:

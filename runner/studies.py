@@ -233,5 +233,5 @@ def compared_with_nothing(study: Study, grid: list[Params]) -> str:
 
 def _setting(params: Params) -> tuple:
     """All that a run shares with the clean run that it is compared with, but for seeds."""
-    differ = {*noise.PARAMETERS, "reward", "seed", "noise_seed", "base_seed"}
+    differ = {*noise.PARAMETERS, "reward", "cue", "seed", "noise_seed", "base_seed"}
     return tuple(value for name, value in vars(params).items() if name not in differ)

@@ -11,7 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from lib.noise import LEVELS, NAMED, PARAMETERS, Channel, channel, describe, observe, replay, uniforms
+from lib.noise import (
+    LEVELS,
+    NAMED,
+    PARAMETERS,
+    Channel,
+    channel,
+    describe,
+    observe,
+    one_spelling,
+    rates_by_difficulty,
+    replay,
+    uniforms,
+)
 
 levels = st.sampled_from(LEVELS)
 rates = st.floats(0, 1)
@@ -37,9 +49,10 @@ def log_of(chan, noise_seed, true_share=0.4, **size):
     """A reward log as an honest run writes it."""
     step, ids, rollout = grid(**size)
     t = (np.random.default_rng(1).random(len(step)) < true_share).astype(np.int8)
-    r = observe(chan, t, noise_seed, step, ids, rollout).astype(np.float32)
+    difficulty = np.array([int(name.split(":")[1]) % 4 for name in ids], np.int8)  # 0 to 3, and 0 is unknown
+    r = observe(chan, t, noise_seed, step, ids, rollout, difficulty=difficulty).astype(np.float32)
     return pd.DataFrame({"step": step.astype(np.int32), "sample_id": ids, "rollout": rollout.astype(np.int16),
-                         "true_reward": t, "observed_reward": r})
+                         "true_reward": t, "observed_reward": r, "difficulty": difficulty})
 
 
 # ---- a draw is a pure function of its key
@@ -236,7 +249,12 @@ def test_the_rates_that_a_name_stands_for(named, a, b, J):
     ({"false_positive_rate": 2}, "false_positive_rate=2 is not"), ({"abstain_rate": -1}, "abstain_rate=-1 is not"),
     ({"false_negative_rate": float("nan")}, "false_negative_rate=nan is not"),
     ({"mask_rate": float("nan")}, "mask_rate=nan is not"),
-    ({"noise_level": "token"}, "noise_level='token' is unknown: choose one of rollout, group, prompt")])
+    ({"noise_level": "token"}, "noise_level='token' is unknown: choose one of rollout, group, prompt"),
+    ({"mask_rate": 0.1, "mask_rate_by_difficulty": "0.1"}, "mask_rate and mask_rate_by_difficulty are both set"),
+    ({"mask_rate_by_difficulty": "0.1,1.2"}, "mask_rate_by_difficulty=1.2 is not a probability"),
+    ({"mask_rate_by_difficulty": "0.1,nan"}, "mask_rate_by_difficulty=nan is not a probability"),
+    ({"mask_rate_by_difficulty": "0.1,"}, "mask_rate_by_difficulty='0.1,' is no list of rates: give one for each"),
+    ({"mask_rate_by_difficulty": "1:0.1"}, "such as '0.24,0.3,0.35'")])
 def test_a_channel_that_makes_no_sense_is_refused(named, message):
     with pytest.raises(ValueError, match=message):
         channel(**named)
@@ -259,19 +277,27 @@ def test_a_parameter_that_names_no_channel_is_refused():
     ({"reward": "format"}, "format only", "format only", 0),
     ({"reward": "format", "noise_level": "group"}, "format only", "format only (group)", 0),
     ({"reward": "majority", "mask_rate": 0.3, "noise_level": "group"}, "majority vote + mask 0.3 (group)",
-     "majority vote + mask (group)", 0.3)])
+     "majority vote + mask (group)", 0.3),
+    ({"reward": "integer"}, "whole numbers only", "whole numbers only", 0),
+    ({"reward": "cue", "cue": "Hence"}, "cue (Hence)", "cue (Hence)", 0),
+    ({"mask_rate_by_difficulty": "0.2,0.4"}, "mask by difficulty (0.2,0.4)", "mask by difficulty (0.2,0.4)", 0),
+    ({"mask_rate_by_difficulty": "0.2,0.4", "noise_level": "prompt"}, "mask by difficulty (0.2,0.4) (prompt)",
+     "mask by difficulty (0.2,0.4) (prompt)", 0)])
 def test_the_name_of_an_arm(parameters, arm, kind, rate):
     """Folders of published runs are named after their arms, so these names are fixed."""
-    whole = dict.fromkeys(NAMED, 0.0) | {"noise_level": "rollout", "reward": "accuracy"}
+    off = {name: named.off for name, named in NAMED.items()}
+    whole = off | {"noise_level": "rollout", "reward": "accuracy"}
     assert describe(whole | parameters) == (arm, kind, rate)
 
 
 def test_every_named_channel_can_be_made_and_has_a_name_of_its_own():
     assert PARAMETERS == (*NAMED, "noise_level")
     arms = set()
-    for name in NAMED:
-        arm, _, rate = describe({"reward": "accuracy", "noise_level": "rollout", name: 0.25})
-        assert rate == 0.25 and channel(**{name: 0.25}) != Channel()
+    for name, named in NAMED.items():
+        value = "0.25" if named.by_difficulty else 0.25
+        arm, kind, rate = describe({"reward": "accuracy", "noise_level": "rollout", name: value})
+        assert "0.25" in arm and channel(**{name: value}) != Channel() == channel(**{name: named.off})
+        assert ("0.25" in kind, rate) == ((True, 0) if named.by_difficulty else (False, 0.25))
         arms.add(arm)
     assert len(arms) == len(NAMED)
 
@@ -283,12 +309,68 @@ def test_a_true_reward_that_is_no_verdict_is_refused(t, message):
         observe(Channel(0.1, 0.1), t, 0, [0] * 3, ["a"] * 3, range(3))
 
 
+# ---- rates by difficulty
+
+rate_lists = st.lists(rates, min_size=1, max_size=5).map(tuple)
+
+
+@given(rows, seeds, levels, rate_lists, st.randoms())
+def test_a_mask_by_difficulty_is_the_mask_of_each_difficulty(table, seed, level, masks, random):
+    """On the problems of one difficulty it changes what a mask of that rate changes; unknown ones it leaves alone."""
+    step, ids, rollout, t = columns(table)
+    difficulty = np.array([random.randint(0, len(masks)) for _ in ids])
+    chan = Channel(false_negative_rate=masks, noise_level=level)
+    seen = observe(chan, t, seed, step, ids, rollout, difficulty=difficulty)
+    for number, m in enumerate((0.0, *masks)):
+        alone = observe(channel(mask_rate=m, noise_level=level), t, seed, step, ids, rollout)
+        assert np.array_equal(seen[difficulty == number], alone[difficulty == number])
+
+
+@given(rate_lists)
+def test_rates_by_difficulty_have_one_spelling(masks):
+    text = ", ".join(f"{m:.20g}" for m in masks)
+    once = one_spelling(text)
+    assert one_spelling(once) == once and rates_by_difficulty(once) == pytest.approx(masks)
+    assert channel(mask_rate_by_difficulty=text).by_difficulty
+
+
+def test_zeros_and_blanks_do_not_make_another_spelling():
+    assert one_spelling(" .30, 0.250,1,-0") == "0.3,0.25,1,0"
+
+
+def test_a_mask_by_difficulty_has_the_rates_it_was_given_and_no_J():
+    masks = (0.1, 0.4, 0.8)
+    chan = channel(mask_rate_by_difficulty="0.1,0.4,0.8")
+    log = log_of(chan, 0, true_share=1.0)
+    for number, m in enumerate((0.0, *masks)):
+        of = log[log.difficulty == number]
+        sigma = np.sqrt(m * (1 - m) / len(of))
+        assert abs((of.observed_reward == 0).mean() - m) <= 5 * sigma
+    assert np.isnan(chan.J) and "b = 0.1,0.4,0.8 for difficulties 1, 2, ..." in str(chan)
+    assert "b = 0.2, J = 0.8, one decision a rollout" in str(channel(mask_rate=0.2))
+
+
+def test_a_difficulty_without_a_rate_is_refused():
+    with pytest.raises(ValueError, match="a problem has difficulty 3, and rates are given for difficulties 1 to 2"):
+        observe(channel(mask_rate_by_difficulty="0.1,0.2"), [1, 1, 0], 0, [0] * 3, ["a"] * 3, range(3),
+                difficulty=[1, 3, 0])
+
+
+def test_a_log_without_difficulties_proves_no_mask_by_difficulty():
+    log = log_of(Channel(), 0, steps=2, prompts=4)
+    with pytest.raises(ValueError, match=r"lacks the columns \['difficulty'\]"):
+        replay(log.drop(columns="difficulty"), channel(mask_rate_by_difficulty="0.1,0.2,0.3"), 0)
+    assert replay(log.drop(columns="difficulty"), Channel(), 0).empty  # as logs from before it have none
+
+
 # ---- replay
 
+BY_DIFFICULTY = channel(mask_rate_by_difficulty="0.2,0.5,0.9")
 NOISY = {"flip": channel(label_flip_rate=0.2), "mask": channel(mask_rate=0.3),
          "group": channel(label_flip_rate=0.2, noise_level="group"),
          "withheld": channel(mask_rate=0.2, abstain_rate=0.3),
-         "prompt": channel(false_positive_rate=0.1, false_negative_rate=0.4, noise_level="prompt")}
+         "prompt": channel(false_positive_rate=0.1, false_negative_rate=0.4, noise_level="prompt"),
+         "difficulty": BY_DIFFICULTY}
 
 
 @pytest.mark.parametrize("name", NOISY)
@@ -311,14 +393,22 @@ def test_replay_finds_the_one_tampered_row(name, row, what):
     else:
         log.loc[row, "true_reward"] = 1 - log.true_reward[row]
     found = replay(log, NOISY[name], 3)
-    drawn = observe(NOISY[name], log.true_reward[row:row + 1], 3, log.step[row:row + 1],
-                    log.sample_id[row:row + 1].tolist(), log.rollout[row:row + 1])[0]
+    drawn = observe(NOISY[name], log.true_reward, 3, log.step, log.sample_id.tolist(), log.rollout,
+                    difficulty=log.difficulty)[row]
     honest = drawn == log.observed_reward[row] or (np.isnan(drawn) and np.isnan(log.observed_reward[row]))
     assert found.index.tolist() == ([] if honest else [row])
     assert not honest or what == "true"  # another verdict may lead to the same observed reward, never the reverse
 
 
-@pytest.mark.parametrize("name", NOISY)
+def test_replay_refutes_other_rates_by_difficulty():
+    log = log_of(BY_DIFFICULTY, 3)
+    others = [channel(mask_rate_by_difficulty="0.2,0.6,0.9"), channel(mask_rate=0.5), Channel(),
+              channel(mask_rate_by_difficulty="0.2,0.5,0.9", noise_level="prompt")]
+    for other, seed in [(BY_DIFFICULTY, 4), *((other, 3) for other in others)]:
+        assert len(replay(log, other, seed)) > len(log) / 200
+
+
+@pytest.mark.parametrize("name", sorted(NOISY.keys() - {"difficulty"}))
 def test_replay_refutes_a_wrong_seed_level_or_rate(name):
     chan, log = NOISY[name], log_of(NOISY[name], 3)
     a, b = chan.false_positive_rate, chan.false_negative_rate

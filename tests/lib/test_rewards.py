@@ -111,9 +111,10 @@ def test_problems_named_by_numbers_have_the_noise_of_their_names_as_text(tmp_pat
 @pytest.mark.parametrize("mitigation", ["none", "sgrpo"])
 def test_an_empty_batch_has_no_rewards_and_writes_nothing(tmp_path, mitigation):
     nothing = {name: [] for name in ("completions", "completion_ids", "answer", "sample_id")}
-    for source in ("accuracy", "format", "majority"):
+    for source in rewards.REWARDS:
+        cue = "so" if source == "cue" else None
         f = rewards.noisy_reward(VERIFIER, channel(abstain_rate=0.5), 0, RewardLog(tmp_path / "rewards"), source,
-                                 rewards.estimator(mitigation))
+                                 rewards.estimator(mitigation), cue=cue)
         assert f(**nothing, trainer_state=SimpleNamespace(global_step=0), log_metric=pytest.fail) == []
     assert list((tmp_path / "rewards").iterdir()) == []
 
@@ -127,8 +128,117 @@ def test_a_chat_without_text_is_graded_as_no_answer(tmp_path, completion):
 
 
 def test_an_unknown_reward_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="reward='length' is unknown: choose accuracy, format, majority"):
+    with pytest.raises(ValueError, match="reward='length' is unknown: choose accuracy, format, majority, integer, cue"):
         rewards.noisy_reward(VERIFIER, channel(), 0, RewardLog(tmp_path), "length")
+
+
+# ---- flawed checkers
+
+
+@pytest.mark.parametrize("answer, number", [
+    ("7", 7), ("-3", -3), ("+3", 3), ("007", 7), (" 12 ", 12), ("-0", 0), ("9" * 1000, 10**1000 - 1),
+    ("1,000", None), ("1_000", None), ("3.0", None), (r"\frac{6}{2}", None), (r"5\text{ cm}", None), (r"\$5", None),
+    ("5%", None), ("x=5", None), ("- 3", None), ("٣", None), ("", None), (None, None), ("9" * 1001, None)])
+def test_what_a_checker_reads_that_knows_whole_numbers_only(answer, number):
+    assert rewards.whole_number(answer) == number
+
+
+@given(st.text(alphabet="0123456789+- _.,\n\t٣", max_size=8) | st.text(max_size=8))
+def test_it_reads_what_int_reads_in_plain_digits_and_never_fails(text):
+    number = rewards.whole_number(text)
+    if number is not None:
+        assert number == int(text)
+    elif text.isascii() and "_" not in text:
+        with pytest.raises(ValueError):
+            int(text)
+
+
+@given(st.lists(st.tuples(st.integers(-30, 30), st.integers(-30, 30), st.sampled_from(["{}", "{:+}", "{:04}", " {} "])),
+                max_size=12))
+def test_the_integer_checker_never_accepts_what_is_wrong(pairs):
+    golds = [str(gold) for gold, _, _ in pairs]
+    texts = [rf"so \boxed{{{form.format(answer)}}}" for _, answer, form in pairs]
+    grades = VERIFIER.grade(golds, texts)
+    verdict = rewards.verdicts(grades, golds, "integer", golds=golds)
+    assert verdict.tolist() == [int(gold == answer) for gold, answer, _ in pairs]
+    assert (verdict <= rewards.verdicts(grades, golds)).all()
+
+
+def test_the_integer_checker_refuses_a_right_answer_of_another_kind(tmp_path):
+    golds = [r"\frac12", "12", "1,000", r"3\text{ cm}"]
+    texts = [r"\boxed{0.5}", r"\boxed{12.0}", r"\boxed{1000}", r"\boxed{3}"]
+    given = {"completions": texts, "completion_ids": [[1]] * 4, "answer": golds, "sample_id": list("abcd"),
+             "trainer_state": SimpleNamespace(global_step=0), "log_metric": lambda *_: None}
+    f = rewards.noisy_reward(VERIFIER, channel(), 0, RewardLog(tmp_path / "rewards"), "integer")
+    assert f(**given) == [0, 0, 0, 0]
+    log = rewardlog.read_log(tmp_path)
+    assert log.true_reward.tolist() == [1, 1, 1, 1] and log.verdict.tolist() == [0, 0, 0, 0] and not log.changed.any()
+
+
+@given(st.lists(st.tuples(st.booleans(), st.text(max_size=6)), max_size=12), st.text(min_size=1, max_size=3))
+def test_a_cue_is_accepted_wherever_it_stands_and_right_answers_are_too(rows, cue):
+    right = np.array([t for t, _ in rows], int)
+    texts = [text for _, text in rows]
+    assert rewards.cue_reward(right, texts, cue).tolist() == [int(t or cue in text) for t, text in rows]
+    assert (rewards.cue_reward(right, [text + cue for text in texts], cue) == 1).all()
+
+
+@pytest.mark.parametrize("as_chat", [False, True], ids=["text", "chat"])
+def test_the_cue_reaches_the_checker_and_the_log_shows_its_rates(tmp_path, as_chat):
+    """Box 0 is wrong in all groups but the first, and the cue: half of the wrong answers to be found in a batch."""
+    f = rewards.noisy_reward(VERIFIER, channel(), 0, RewardLog(tmp_path / "rewards"), "cue", cue="boxed{4}")
+    metrics, given = [], batch(as_chat=as_chat)
+    r = f(**given, log_metric=lambda *of: metrics.append(of))
+    log = rewardlog.read_log(tmp_path)
+    has_cue = np.array(["boxed{4}" in rewards.text_of(text) for text in given["completions"]])
+    assert has_cue.any() and r == log.verdict.tolist() == (right().astype(bool) | has_cue).astype(int).tolist()
+    assert log.true_reward.tolist() == right().tolist()
+    assert dict(metrics)["realised_false_positive_rate"] == has_cue[right() == 0].mean() > 0
+    assert dict(metrics)["realised_false_negative_rate"] == 0
+
+
+def test_a_cue_reward_without_a_cue_is_refused(tmp_path):
+    for cue in (None, ""):
+        with pytest.raises(ValueError, match="reward='cue' accepts every completion .*: give the phrase as cue"):
+            rewards.noisy_reward(VERIFIER, channel(), 0, RewardLog(tmp_path), "cue", cue=cue)
+
+
+def test_a_verdict_that_the_reward_never_gives_is_found():
+    log = pd.DataFrame({"true_reward": [0, 0, 1, 1], "verdict": [0, 1, 0, 1], "format_ok": [True, True, True, False]})
+    found = {source: rewards.impossible_verdicts(log, source).tolist() for source in rewards.REWARDS}
+    assert found == {"accuracy": [False, True, True, False], "format": [True, False, True, True],
+                     "majority": [False] * 4, "integer": [False, True, False, False],
+                     "cue": [False, False, True, False]}
+
+
+# ---- rates by difficulty
+
+
+def test_levels_are_numbers_where_they_hold_one():
+    levels = ["Level 3", "Level 5", "Level 12", "Level ?", "Level 0", "hard", "3", ""]
+    assert rewards.difficulties(levels).tolist() == [3, 5, 12, 0, 0, 0, 0, 0]
+    assert rewards.difficulties([]).shape == (0,)
+
+
+def test_the_log_keeps_the_difficulty_if_the_channel_needs_it_and_is_proven_with_it(tmp_path):
+    chan = channel(mask_rate_by_difficulty="0,1")
+    f = rewards.noisy_reward(VERIFIER, chan, 3, RewardLog(tmp_path / "rewards"))
+    levels = [level for level in ("Level ?", "Level 1", "Level 2", "Level 2") for _ in range(8)]
+    for step in range(2):
+        r = f(**batch(step) | {"level": levels}, log_metric=lambda *_: None)
+    assert r == np.where(rewards.difficulties(levels) == 2, 0, right()).tolist()
+    for joined in (False, True):
+        if joined:
+            rewardlog.join_log(tmp_path)
+        log = rewardlog.read_log(tmp_path)
+        assert log.columns.tolist() == [*rewards.LOG_SCHEMA.names, "difficulty"] and log.difficulty.dtype == "int8"
+        assert noise.replay(log, chan, 3).empty and len(noise.replay(log, channel(mask_rate=0.5), 3))
+
+
+def test_a_dataset_without_levels_is_refused_if_rates_depend_on_them(tmp_path):
+    f = rewards.noisy_reward(VERIFIER, channel(mask_rate_by_difficulty="0.1,0.2"), 0, RewardLog(tmp_path / "rewards"))
+    with pytest.raises(ValueError, match="the dataset has no column level: add one such as 'Level 3'"):
+        f(**one("7"), log_metric=lambda *_: None)
 
 
 # ---- the log

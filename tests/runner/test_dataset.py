@@ -545,6 +545,20 @@ def test_difficulties_are_chosen_by_number_and_range(which, kept):
     assert len(dataset.of_difficulties(rows, which)) == kept
 
 
+@pytest.mark.parametrize("levels, rates, words", [
+    (["Level 1", "Level ?", "Level 2"], 2, None), (["Level 1"], 5, None),
+    (["Level ?", "hard"], 2, "no training problem of mine has a difficulty"),
+    (["Level 1", "Level 3"], 2, "has 2 rates, and the training problems of mine have difficulties up to 3: give one")])
+def test_rates_by_difficulty_fit_the_training_problems(monkeypatch, levels, rates, words):
+    splits = {("mine", "train"): {"level": levels}}
+    monkeypatch.setattr(dataset, "load_split", lambda data_dir, split: splits[data_dir, split])
+    if words is None:
+        dataset.check_rates("mine", rates)
+        return
+    with pytest.raises(ValueError, match=words):
+        dataset.check_rates("mine", rates)
+
+
 def test_difficulties_that_no_problem_has_are_refused_with_those_that_are_there():
     rows = datasets.Dataset.from_dict({"level": ["Level 1", "Level ?"]})
     with pytest.raises(ValueError, match=r"train_difficulties='4-5': no problem .* there are Level 1, Level \?"):

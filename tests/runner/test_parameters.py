@@ -18,7 +18,7 @@ OTHER = {"profile": "smol", "model": "smol", "data_dir": "math", "prompt_templat
          "loss_type": "grpo", "scale_rewards": "none", "output_dir": "elsewhere", "report_to": "wandb",
          "num_generations": 16, "per_device_train_batch_size": 64, "top_p": 0.5, "epsilon": 0.1,
          "label_flip_rate": 0.25, "mask_rate": 0.25, "num_iterations": 2, "mitigation": "backward",
-         "train_difficulties": "1-3"}
+         "train_difficulties": "1-3", "cue": "Hence", "mask_rate_by_difficulty": "0.2,0.4"}
 
 
 def changed(params: parameters.Params, name: str) -> parameters.Params:
@@ -101,6 +101,17 @@ def test_the_name_of_an_arm_has_every_rate():
     ({"noise_level": {"a": 1}}, ["noise_level={'a': 1}", "one value"]),
     ({"seed": -1, "mask_rate": 2, "optm": "sgd"}, ["seed=-1", "mask_rate=2", "'optm' is not a parameter"]),
     ({"max_steps": 0, "per_device_train_batch_size": 12}, ["max_steps=0", "12 completions"]),
+    ({"reward": "cue"}, ["reward='cue'", "give the phrase, such as cue='Therefore'"]),
+    ({"reward": "cue", "cue": "  "}, ["give the phrase"]),
+    ({"reward": "cue", "cue": ""}, ["cue='': string should have at least 1 character"]),
+    ({"reward": "cue", "cue": "x" * 81}, ["at most 80 characters"]),
+    ({"cue": "Hence"}, ["cue='Hence' has no effect with reward='accuracy'", "set reward='cue', or leave the cue out"]),
+    ({"mask_rate_by_difficulty": "0.1,2"}, ["mask_rate_by_difficulty=2 is not a probability"]),
+    ({"mask_rate_by_difficulty": "1-3"}, ["mask_rate_by_difficulty='1-3' is no list of rates", "'0.24,0.3,0.35'"]),
+    ({"mask_rate_by_difficulty": 0.3}, ["mask_rate_by_difficulty=0.3", "string"]),
+    ({"mask_rate_by_difficulty": "0.1,0.2", "label_flip_rate": 0.1}, ["label_flip_rate and mask_rate_by_difficulty"]),
+    ({"mask_rate_by_difficulty": "0.1,0.2", "mitigation": "backward"},
+     ["mitigation='backward' believes in one rate", "give assumed_false_negative_rate"]),
 ])
 def test_bad_parameters_are_named(given_, words):
     with pytest.raises(ValueError) as error:
@@ -110,10 +121,27 @@ def test_bad_parameters_are_named(given_, words):
 
 
 def test_every_named_channel_is_a_parameter_with_a_range():
-    for name in noise.NAMED:
-        assert getattr(parameters.resolve("tiny"), name) == 0
-        with pytest.raises(ValueError, match=rf"{name}=1.5: input should be less than or equal to 1"):
-            parameters.resolve("tiny", **{name: 1.5})
+    for name, named in noise.NAMED.items():
+        assert not getattr(parameters.resolve("tiny"), name)
+        out_of_range, words = 1.5, "input should be less than or equal to 1"
+        if named.by_difficulty:
+            out_of_range, words = "0.1,1.5", "is not a probability"
+        with pytest.raises(ValueError, match=rf"{name}=1.5:? {words}"):
+            parameters.resolve("tiny", **{name: out_of_range})
+
+
+def test_rates_by_difficulty_are_one_run_however_they_are_written():
+    one, other = (parameters.resolve("tiny", mask_rate_by_difficulty=text) for text in ("0.24,0.3", "0.240, .30"))
+    assert parameters.run_id(one) == parameters.run_id(other)
+    assert parameters.run_id(one).startswith("mask-by-difficulty-0.24-0.3-s0-")
+    assert one.channel.false_negative_rate == (0.24, 0.3)
+    given = {"mitigation": "backward", "assumed_false_negative_rate": 0.27}
+    assert parameters.resolve("tiny", mask_rate_by_difficulty="0.24,0.3", **given).assumed_rates == (0, 0.27)
+
+
+def test_a_cue_names_its_run():
+    run_id = parameters.run_id(parameters.resolve("tiny", reward="cue", cue="It follows that"))
+    assert run_id.startswith("cue-it-follows-that-s0-")
 
 
 NUMBERS = sorted(name for name, field in parameters.Params.model_fields.items()
