@@ -18,6 +18,8 @@ from scipy.stats import multinomial
 from lib import stats, theory
 from lib.noise import Channel, replay
 
+RATES = ["by", "part", "rate", "completions", "errors", "realised", "low", "high"]
+
 
 class GivenTrue(NamedTuple):
     """Expectations for a group with k right completions; the first three are probabilities.
@@ -190,8 +192,9 @@ def rates_by_part(log: pd.DataFrame, difficulty_of: pd.Series) -> pd.DataFrame:
     log: step, sample_id, true_reward and observed_reward of one run. difficulty_of: as for
     `signal_table`. The errors are those of a flawed checker and of the channel, taken together;
     withheld rewards do not count. One row a (by, part, rate): `by` is all, difficulty or tenth,
-    `rate` false positives or false negatives. Columns: completions (wrong, or right, ones),
-    realised (the share that was rewarded, or not), low and high (Clopper-Pearson, 95 %).
+    `rate` false positives or false negatives. completions: those that are wrong (or right);
+    errors: those of them that were rewarded (or not); realised, low and high: the share and its
+    Clopper-Pearson interval of 95 %.
     """
     shown = log.dropna(subset="observed_reward")
     tenths = 10 * shown["step"] // (log["step"].max() + 1) + 1
@@ -202,10 +205,19 @@ def rates_by_part(log: pd.DataFrame, difficulty_of: pd.Series) -> pd.DataFrame:
         for part, here in shown.groupby(parts[by]):
             for rate, t in (("false positives", 0), ("false negatives", 1)):
                 r = here.loc[here["true_reward"] == t, "observed_reward"]
-                interval = stats.binomial_interval((r != t).sum(), len(r))
-                rows.append((by, str(part), rate, len(r), *interval))
-    columns = ["by", "part", "rate", "completions", "realised", "low", "high"]
-    return pd.DataFrame(rows, columns=columns)
+                errors = int((r != t).sum())
+                interval = stats.binomial_interval(errors, len(r))
+                rows.append((by, str(part), rate, len(r), errors, *interval))
+    return pd.DataFrame(rows, columns=RATES)
+
+
+def pooled_rates(rates: pd.DataFrame) -> pd.DataFrame:
+    """`rates_by_part` of several runs, with a column arm: their errors are counted together."""
+    keys = ["arm", "by", "part", "rate"]
+    counts = rates.groupby(keys, sort=False)[["errors", "completions"]].sum()
+    found = [stats.binomial_interval(*pair) for pair in counts.itertuples(index=False)]
+    intervals = pd.DataFrame(found, counts.index, ["realised", "low", "high"])
+    return counts.join(intervals).reset_index()
 
 
 def replay_run(log: pd.DataFrame, channel: Channel, noise_seed: int,

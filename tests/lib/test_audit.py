@@ -10,7 +10,7 @@ from scipy.stats import binom
 from test_theory import SEED, by_theory
 
 from lib import audit, rewards, theory
-from lib.noise import LEVELS, Channel, observe
+from lib.noise import LEVELS, Channel, channel, observe
 
 
 @pytest.fixture
@@ -125,6 +125,54 @@ def test_signal_table_agrees_with_the_channel_and_finds_a_wrong_one():
     assert (by_level == 240).all() and (whole["revisits"] == 0).all()
     wrong = audit.signal_table(log, difficulty_of, 8, Channel(0.1, 0.1)).iloc[:4]
     assert ((wrong["measured"] - wrong["predicted"]).abs() > 4 * wrong["se"]).all()
+
+
+# ---- realised rates
+
+def counted_by_hand(log, here, t):
+    """(completions, errors) of the rows `here` with this true reward, one row at a time."""
+    rows = [(true, seen) for true, seen, is_here in zip(log["true_reward"], log["observed_reward"], here, strict=True)
+            if is_here and true == t and not np.isnan(seen)]
+    return len(rows), sum(seen != true for true, seen in rows)
+
+
+@pytest.mark.parametrize("chan", [Channel(0.2, 0.4), Channel(0.3, 0.1, "group", 0.2), Channel()], ids=str)
+def test_rates_by_part_are_counts_of_the_log(chan):
+    log, difficulty_of = reward_log(chan, steps=25)
+    table = audit.rates_by_part(log.sample(frac=1, random_state=0), difficulty_of)
+    assert len(table) == 2 * (1 + 2 + 10) and table.columns.tolist() == audit.RATES
+    parts = {("all", "all"): np.full(len(log), True)}
+    levels = difficulty_of[log["sample_id"]].to_numpy()
+    parts |= {("difficulty", name): levels == name for name in ("Level 1", "Level 2")}
+    parts |= {("tenth", str(i + 1)): (log["step"] // 2.5 == i).to_numpy() for i in range(10)}
+    for row in table.itertuples():
+        expected = counted_by_hand(log, parts[row.by, row.part], int(row.rate == "false negatives"))
+        assert (row.completions, row.errors) == expected
+        assert row.low <= row.realised == row.errors / row.completions <= row.high
+    assert table.loc[table["by"] == "tenth", "part"].drop_duplicates().tolist() == [str(i) for i in range(1, 11)]
+
+
+def test_rates_of_a_mask_by_difficulty_and_of_two_runs_together():
+    chan, tables = channel(mask_rate_by_difficulty="0.1,0.6"), []
+    for seed in range(2):
+        log, difficulty_of = reward_log(Channel(), seed)
+        difficulty = rewards.difficulties(difficulty_of[log["sample_id"]])
+        log["observed_reward"] = observe(chan, log["true_reward"], seed, log["step"], log["sample_id"].tolist(),
+                                         log["rollout"], difficulty=difficulty)
+        tables.append(audit.rates_by_part(log, difficulty_of))
+    pooled = audit.pooled_rates(pd.concat(tables).assign(arm="mask"))
+    of = pooled.set_index(["by", "rate", "part"]).sort_index()
+    assert (of.loc[("all", "false positives"), "errors"] == 0).all()
+    for part, rate in (("Level 1", 0.1), ("Level 2", 0.6)):
+        found = of.loc[("difficulty", "false negatives", part)]
+        assert found["low"] < rate < found["high"] and found["high"] - found["low"] < 0.12
+    one, other = (table.set_index(["by", "rate", "part"])["errors"] for table in tables)
+    assert of["errors"].equals((one + other).reindex(of.index))
+
+
+def test_a_run_whose_rewards_are_all_withheld_has_no_rates():
+    log, difficulty_of = reward_log(Channel(abstain_rate=1.0), steps=10)
+    assert audit.rates_by_part(log, difficulty_of).empty
 
 
 def test_signal_table_of_a_clean_run_is_exact():

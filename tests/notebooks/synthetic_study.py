@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-from lib.audit import signal_table
+from lib.audit import rates_by_part, signal_table
 from lib.noise import NAMED as RATES
 from lib.noise import channel, describe, observe
 
@@ -68,14 +68,14 @@ def write_study(folder: Path, arms: list[dict] = TINY, seeds=(0, 1, 2), base_see
     """Write runs.csv, summary.csv, eval.parquet, metrics.parquet and signals.parquet to `folder`; returns it.
 
     arms: parameters that differ from a clean run, and perhaps `name` and `reference` (see NAMED). unfinished:
-    position of a run -> its status instead of done. rewards_log: also write replay.csv, whose counts give the realised
-    rates.
+    position of a run -> its status instead of done. rewards_log: also write replay.csv and rates.csv, whose counts
+    give the realised rates.
     """
     rng = np.random.default_rng(0)
     difficulty, ids = rng.normal(0, 1.3, questions), np.array([f"add/test:{i + 1}" for i in range(questions)])
     level = np.where(difficulty > 0.7, "Level 1", np.where(difficulty > -0.7, "Level 2", "Level 3"))
     asked = pd.DataFrame({"sample_id": ids, "level": level, "type": "arithmetic"})
-    runs, summary, evals, metrics, signals, proofs = [], [], [], [], [], []
+    runs, summary, evals, metrics, signals, proofs, rates = [], [], [], [], [], [], []
 
     def evaluate(run_id, skill):
         table = graded(asked, skill + difficulty + rng.normal(0, 0.4, questions), k, rng)
@@ -88,7 +88,7 @@ def write_study(folder: Path, arms: list[dict] = TINY, seeds=(0, 1, 2), base_see
         summary.append({"run_id": f"base-s{b}", "arm": "base", "channel": "base", "base_seed": b} | evaluate(
             f"base-s{b}", -0.8))
     for i, (arm, b, seed) in enumerate(product(expand(arms), base_seeds, seeds)):
-        params = dict.fromkeys(RATES, 0.0) | ABOUT
+        params = {name: rate.off for name, rate in RATES.items()} | ABOUT
         params |= {"noise_level": "rollout", "reward": "accuracy", "learning_rate": 1e-3,
                                               "grpo_beta": 0.0, "seed": seed, "base_seed": b, "noise_seed": seed,
                                               "per_device_train_batch_size": 128, "max_steps": steps,
@@ -101,6 +101,8 @@ def write_study(folder: Path, arms: list[dict] = TINY, seeds=(0, 1, 2), base_see
         run_id = f"{describe(params)[0].replace(' ', '-')}-s{seed}-{i:08x}"
         status = (unfinished or {}).get(i, "done")
         about = {"arm": name, "channel": kind, "rate": rate, "reference": reference, "J": noise.J}
+        if noise.by_difficulty:  # in all that follows, a mask of their mean
+            noise = channel(mask_rate=np.mean(noise.false_negative_rate), noise_level=params["noise_level"])
         runs.append({"run_id": run_id, "status": status, "named": named} | about | params)
         if status != "done":
             continue
@@ -116,9 +118,10 @@ def write_study(folder: Path, arms: list[dict] = TINY, seeds=(0, 1, 2), base_see
             "realised_false_positive_rate": rng.binomial(70, a, steps) / 70,
             "realised_false_negative_rate": rng.binomial(58, fn, steps) / 58, "frac_reward_zero_std": 0.1}))
         log, levels = reward_log(noise, seed, steps, params["num_generations"])
-        if params["reward"] == "accuracy":
+        if params["reward"] == "accuracy" and not params["mask_rate_by_difficulty"]:
             signals.append(signal_table(log, levels, params["num_generations"], noise).assign(run_id=run_id))
         if rewards_log:
+            rates.append(rates_by_part(log, levels).assign(run_id=run_id))
             shown = log[log["observed_reward"].notna()].groupby(["verdict", "observed_reward"]).size()
             names = {"false_positives": (0, 1), "true_negatives": (0, 0), "false_negatives": (1, 0),
                      "true_positives": (1, 1)}
@@ -129,6 +132,7 @@ def write_study(folder: Path, arms: list[dict] = TINY, seeds=(0, 1, 2), base_see
     pd.DataFrame(runs).to_csv(folder / "runs.csv", index=False)
     if proofs:
         pd.DataFrame(proofs).to_csv(folder / "replay.csv", index=False)
+        pd.concat(rates).to_csv(folder / "rates.csv", index=False)
     pd.DataFrame(summary).to_csv(folder / "summary.csv", index=False)
     pd.concat([t.assign(run_id=r) for r, t in evals]).to_parquet(folder / "eval.parquet")
     pd.concat(metrics).to_parquet(folder / "metrics.parquet")

@@ -210,6 +210,23 @@ def test_a_measured_cosine_stands_beside_theory(tmp_path):
     assert "signal to noise − cosine" in shown["ranks"][0]["text/plain"]
 
 
+FLAWED = [{}, {"mask_rate": 0.4}, {"reward": "integer"}, {"reward": "cue", "cue": "Hence"},
+          {"mask_rate_by_difficulty": "0.1,0.5,0.6", "noise_level": ["rollout", "prompt"]}]
+HAVE_NO_J = ["whole numbers only", "cue (Hence)", "mask by difficulty (0.1,0.5,0.6)",
+             "mask by difficulty (0.1,0.5,0.6) (prompt)"]
+
+
+def test_flawed_checkers_and_rates_by_difficulty_are_compared_but_theory_says_nothing_of_them(tmp_path):
+    folder = write_study(tmp_path / "flawed", FLAWED, questions=60)
+    shown = execute_analysis(folder)
+    results = pd.read_csv(folder / "results.csv").set_index("arm")
+    assert sorted(results.index) == sorted(["clean", "mask 0.4", *HAVE_NO_J])
+    assert results.loc[HAVE_NO_J, "J"].isna().all() and results.loc[["clean", "mask 0.4"], "J"].tolist() == [1, 0.6]
+    assert (results["reference"] == "clean").all() and results.loc[HAVE_NO_J, "difference"].notna().all()
+    predicted = shown["kept"][0]["text/html"]
+    assert "mask 0.4" in predicted and not any(name in predicted for name in HAVE_NO_J)
+
+
 # ---- the audit of the noise
 
 def audit(folder):
@@ -226,6 +243,17 @@ def test_the_audit_finds_the_noise_as_it_should_be(tmp_path):
     assert "Nowhere do theory and measurement differ significantly" in text
     assert "0 of 3 runs with noise at prompt" in text
     assert (folder / "figures/theory-beside-measurement.png").exists()
+
+
+def test_the_audit_shows_by_difficulty_and_over_time_where_rewards_were_wrong(tmp_path):
+    folder = write_study(tmp_path / "flawed", FLAWED, questions=40, rewards_log=True)
+    shown = execute(NOTEBOOK.parent / "appendix/audit.ipynb", study=str(folder))
+    tables = [data["text/html"] for data in shown["flawed"] if "text/html" in data]
+    assert len(tables) == 2 and all(name in table for table in tables for name in HAVE_NO_J)
+    assert all("mask 0.4" not in table for table in tables) and "Level 2" in tables[0] and "<th>10</th>" in tables[1]
+    assert "Of 24 realised rates" in paragraphs(shown)  # four arms; a mask by difficulty has more than two rates
+    (folder / "rates.csv").unlink()
+    assert "were not counted: run 03_eval again" in audit(folder)
 
 
 def test_the_audit_says_where_theory_and_the_log_are_wrong(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from lib.audit import RATES
 from lib.rewards import LOG_SCHEMA
 from runner import ROOT
 from runner.parameters import ADDED_LATER, NOT_HASHED, Params
@@ -19,7 +20,8 @@ def columns(table):
     found = set()
     for path in ROOT.glob(f"outputs/*/{table}"):
         found |= set((pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, nrows=1)).columns)
-    return found | (set(LOG_SCHEMA.names) if table == "rewards.parquet" else set())
+    written = {"rewards.parquet": LOG_SCHEMA.names, "rates.csv": ["run_id", *RATES]}
+    return found | set(written.get(table, []))
 
 
 def glossary():

@@ -13,7 +13,8 @@ PAGE = (ROOT / "docs/studies.md").read_text()
 OF_A_STUDY, OF_AN_ARM, OF_A_RUN = (
     re.findall(r"^\| `(\w+)` \| (.+) \| (.+) \| `(.+)` \|$", part, re.M)
     for part in re.split(r"^## Keys of .*$", PAGE, flags=re.M)[1:])
-NO_DEFAULT = {"must be there", "as `seed`", "the channel's own rate"}
+NO_DEFAULT = {"must be there", "as `seed`", "the channel's own rate", "no phrase", "no rates"}
+NEEDS = {"cue": {"reward": "cue"}}  # parameters that make sense beside another one only
 
 
 def test_the_page_has_every_key_once():
@@ -29,7 +30,7 @@ def test_the_page_has_every_key_once():
 def test_a_parameter_of_a_run(key, about, left_out, example):
     given = yaml.safe_load(example)
     assert list(given) == [key]
-    assert getattr(resolve("tiny", **given), key) == given[key]
+    assert getattr(resolve("tiny", **given, **NEEDS.get(key, {})), key) == given[key]
     field = Params.model_fields[key]
     if left_out not in NO_DEFAULT:
         assert yaml.safe_load(left_out.strip("`")) == field.default
