@@ -22,6 +22,7 @@ ABOUT_A_RUN = {"run_id", "arm", "channel", "rate", "reference", "named", "status
 ALPHA = 0.05
 REPLICATE = {"seed", "base_seed", "noise_seed", "output_dir", "report_to"}  # vary within an arm
 NOISE = list(noise.PARAMETERS)
+OF_THE_REWARD = [*NOISE, "reward", "cue"]  # parameters that the noise names an arm after
 OF_AN_ARM = ["channel", "rate", "J", "setting", "reference", "named", "prompt_template"]
 OF_A_DIFFERENCE = ["difference", "difference_low", "difference_high", "p", "p_holm", "mde",
                    "pairs", "dropped"]
@@ -122,7 +123,7 @@ def accuracy_matrix(answers: Answers, runs: pd.DataFrame, arm: str, decoding: st
 
 def parameters(runs: pd.DataFrame) -> list[str]:
     """The parameters in `runs` that neither name the noise nor tell apart the runs of one arm."""
-    apart = ABOUT_A_RUN | REPLICATE | set(NOISE) | {"reward", "cue", "setting"}
+    apart = ABOUT_A_RUN | REPLICATE | set(OF_THE_REWARD) | {"setting"}
     return [name for name in runs if name not in apart]
 
 
@@ -139,14 +140,11 @@ def with_settings(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _with_channels(runs: pd.DataFrame) -> pd.DataFrame:
-    """`runs` with a column for each channel. It is off where it is missing, or an empty cell."""
-    columns = {}
-    for name, named in noise.NAMED.items():
-        if name not in runs:
-            columns[name] = named.off
-        elif named.by_difficulty:
-            columns[name] = runs[name].astype(object).where(runs[name].notna(), named.off)
-    return runs.assign(**columns)
+    """`runs` with a column for each channel and the cue. They are off where a cell is empty."""
+    off = {name: named.off for name, named in noise.NAMED.items()} | {"cue": ""}
+    runs = runs.assign(**{name: value for name, value in off.items() if name not in runs})
+    texts = [name for name, value in off.items() if value == ""]
+    return runs.assign(**{name: runs[name].astype(object).fillna("") for name in texts})
 
 
 def join_parameters(runs: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
@@ -229,7 +227,7 @@ def same_arms(study: Study, single_visits: set[str]) -> list[list[str]]:
     named in `single_visits`. A mask and a false positive shared by a group make the very same runs.
     """
     again = study.trained.loc[~study.trained["run_id"].isin(single_visits), "arm"]
-    settings = study.arms[[*NOISE, "reward", *parameters(study.runs)]].astype(str)
+    settings = study.arms[[*OF_THE_REWARD, *parameters(study.runs)]].astype(str)
     by_prompt = (settings["noise_level"] == "prompt") & ~settings.index.isin(again)
     settings.loc[by_prompt, "noise_level"] = "group"
 

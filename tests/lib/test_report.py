@@ -114,6 +114,13 @@ def test_an_arm_that_equals_two_groups_joins_them(tmp_path):
     assert [sorted(names) for names in report.same_arms(study, set(study.trained["run_id"]))] == [sorted(arms)]
 
 
+def test_two_cues_are_two_arms(tmp_path):
+    arms = {"clean": {}, "cue (a)": {"reward": "cue", "cue": "a"}, "cue (b)": {"reward": "cue", "cue": "b"}}
+    study = assembled(tmp_path, arms, {"clean": (0, 0.8), "cue (a)": (1, 0.6), "cue (b)": (2, 0.6)})
+    assert sorted(report.same_arms(study, set())) == [["clean"], ["cue (a)"], ["cue (b)"]]
+    assert study.arms["setting"].eq("").all() and study.results["J"].isna().tolist() == [False, True, True]
+
+
 def test_losses_are_those_of_runs_of_one_seed(tmp_path):
     study = assembled(tmp_path, {"clean": {}, "mask": {"mask_rate": 0.3}}, {"clean": (0, 0.9), "mask": (1, 0.3)})
     found = report.losses(study)
