@@ -36,9 +36,8 @@ PREDICTED = {"color": "black", "marker": "|", "markersize": 13, "linestyle": "no
 KINDS = {"clean": ("black", "o"), "flip": (COLOURS[0], "D"), "mask": (COLOURS[1], "s"),
          "false positives": (COLOURS[2], "^"), "false negatives": (COLOURS[4], "v"),
          "asymmetric": (COLOURS[9], "P"), "abstain": (COLOURS[3], "p"),
-         "mask by difficulty": (COLOURS[1], "d"),
          "format only": (COLOURS[5], "X"), "majority vote": (COLOURS[7], "*"),
-         "whole numbers only": (COLOURS[8], ">"), "cue": (COLOURS[8], "<")}
+         "whole numbers only": (COLOURS[8], ">")}
 OTHER = (COLOURS[6], "h")
 # Noise that a group or a prompt shares leaves a shape half or wholly empty on an axis of numbers.
 FILLS = {"group": {"fillstyle": "left", "markerfacecoloralt": "white"},
