@@ -28,7 +28,9 @@ if TYPE_CHECKING:  # it imports torch, which takes seconds and which a server do
     from runner.rollouts import Client
 
 START_LIMIT = 900  # seconds until a server must answer for the first time
-GRAPH_SIZES = [1, 8, 32, 64, 128, 256, 512]  # batch sizes with a CUDA graph: a hundred take longer
+# Batch sizes with a CUDA graph, and the largest batch: a hundred sizes take longer to start, and a
+# batch larger than all of them is computed without a graph, in many times the time.
+GRAPH_SIZES = (1, 8, 32, 64, 128, 256, 384, 512, 640, 768, 896)
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ class Server:
             "--disable-uvicorn-access-log"]
         if engines.vllm_on_cpu():  # fp32 as everywhere on a CPU; nothing is compiled
             return [*options, "--dtype", "float32", "--enforce-eager"]
-        sizes = [size for size in GRAPH_SIZES if size <= serving.completions]
+        smaller = [size for size in GRAPH_SIZES if size < serving.completions]
+        sizes = [*smaller, serving.completions]
         return [*options, "--dtype", "bfloat16",
                 "--compilation-config", json.dumps({"cudagraph_capture_sizes": sizes})]
 

@@ -30,6 +30,20 @@ class Trainer(GRPOTrainer):
             self._buffered_inputs = self._arranged
         return self._arranged[self._step % self.args.steps_per_generation]
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """TRL's, or nothing for a micro-batch without a completion.
+
+        Each call sets every module to training mode, which takes longer than a small batch. The
+        first micro-batch asks for rollouts, and at the last one TRL notes the time: these are not
+        left out.
+        """
+        position = self._step % self.args.steps_per_generation
+        inside = 0 < position < self.args.steps_per_generation - 1
+        if inside and self._arranged and not len(self._arranged[position]["advantages"]):
+            self._step += 1
+            return torch.zeros((), device=self.accelerator.device)
+        return super().training_step(model, inputs, num_items_in_batch)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss; for a micro-batch without a completion 0."""
         if len(inputs["advantages"]):
