@@ -331,4 +331,5 @@ def test_the_largest_batch_of_a_server_has_a_cuda_graph(completions):
     serving = server.Serving(source="model", length=64, rank=16, adapters=2, completions=completions)
     options = server.Server._options(SimpleNamespace(port=1), serving, 0.2)
     sizes = json.loads(options[options.index("--compilation-config") + 1])["cudagraph_capture_sizes"]
-    assert sizes == sorted(set(sizes)) and max(sizes) == completions == int(options[options.index("--max-num-seqs") + 1])
+    at_most = int(options[options.index("--max-num-seqs") + 1])
+    assert sizes == sorted(set(sizes)) and max(sizes) == completions == at_most

@@ -7,10 +7,13 @@ passes and the optimiser. The loss is TRL's own.
 """
 
 import json
+import os
 import random
 import sys
 import time
 from pathlib import Path
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as in 02_train
 
 import torch
 from datasets import Dataset
