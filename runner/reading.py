@@ -29,10 +29,12 @@ def nearest(name: str, known: Iterable) -> str:
     return "".join(f", did you mean {name!r}?" for name in close)
 
 
-def load_yaml(folder: Path, name: str, kind: str) -> tuple[dict[str, Any], Path]:
+def load_yaml(folder: Path, name: str, kind: str,
+              mistakes: list[str] | None = None) -> tuple[dict[str, Any], Path]:
     """The values of <folder>/<name>.yaml, or of the file that `name` is the path of; and its path.
 
-    kind: "study" or "profile". ValueError names the nearest name, or each mistake with its line.
+    kind: "study" or "profile". mistakes: see `read_mapping`. ValueError names the nearest name, or
+    each mistake with its line.
     """
     if not isinstance(name, str):
         raise ValueError(f"{kind}={name!r} is not a name: give one {kind}, such as {kind}='tiny'")
@@ -45,14 +47,18 @@ def load_yaml(folder: Path, name: str, kind: str) -> tuple[dict[str, Any], Path]
         known = sorted(p.stem for p in folder.glob("*.yaml"))
         raise ValueError(f"there is no {kind} {own_name!r}{nearest(own_name, known)}; "
                          f"known: {', '.join(known)}")
-    return read_mapping(path, kind), path
+    return read_mapping(path, kind, mistakes), path
 
 
-def read_mapping(path: Path, kind: str) -> dict[str, Any]:
-    """The mapping of names to values in a YAML file. ValueError lists mistakes with their lines."""
+def read_mapping(path: Path, kind: str, mistakes: list[str] | None = None) -> dict[str, Any]:
+    """The mapping of names to values in a YAML file. ValueError lists mistakes with their lines.
+
+    mistakes: a list that takes doubtful values and repeated keys instead. Then the values are as
+    YAML reads them, so that the caller can look for other mistakes as well.
+    """
     text = _text_of(path)
     try:
-        values = _values_in(text, path.name)
+        values, found = _values_in(text, path.name)
     except RecursionError:
         raise ValueError(f"{path.name}: brackets are nested too deeply for a {kind}") from None
     except yaml.reader.ReaderError as e:
@@ -63,18 +69,20 @@ def read_mapping(path: Path, kind: str) -> dict[str, Any]:
         raise ValueError(f"{path.name}:{line}: not valid YAML: {e.problem}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path.name}:1: a {kind} is a mapping of names to values")
+    if mistakes is not None:
+        mistakes += found
+    elif found:
+        raise ValueError("\n".join(found))
     return values
 
 
-def _values_in(text: str, file: str) -> Any:
-    """What a YAML text says; {} if it is empty. ValueError for what `_mistakes` finds in it."""
+def _values_in(text: str, file: str) -> tuple[Any, list[str]]:
+    """What a YAML text says, {} if it is empty; and what `_mistakes` finds in it, with lines."""
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     if root is None:
-        return {}
+        return {}, []
     mistakes = [f"{file}:{line}: {what}" for line, what in sorted(_mistakes(root))]
-    if mistakes:
-        raise ValueError("\n".join(mistakes))
-    return yaml.safe_load(text)
+    return yaml.safe_load(text), mistakes
 
 
 def _text_of(path: Path) -> str:

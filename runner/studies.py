@@ -84,8 +84,8 @@ def load_study(name: str, profile: str) -> tuple[Study, list[Params]]:
 
     ValueError lists all mistakes of the file, a line each.
     """
-    values, path = load_yaml(STUDIES, name, "study")
     mistakes: list[str] = []
+    values, path = load_yaml(STUDIES, name, "study", mistakes)
     values = for_profile(values, profile, path.name, mistakes)
     file = checked(values, path.name, mistakes)
     try:

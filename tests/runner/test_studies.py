@@ -115,12 +115,23 @@ def test_arms_that_nothing_is_compared_with_are_named(tmp_path, arms, which):
     ("title: " + "[" * 100_000, "bad.yaml: brackets are nested too deeply for a study"),
 ])
 def test_what_yaml_would_take_for_something_else_is_refused(tmp_path, text, words):
-    message = refusal(tmp_path, text)
-    assert message.startswith(words) and len(message.splitlines()) == 1
+    first, *others = refusal(tmp_path, text).splitlines()
+    assert first.startswith(words)
+    assert all("input should be" in line or "is a truth value" in line for line in others)  # of what YAML read
+
+
+def test_mistakes_of_yaml_and_of_the_study_are_listed_together(tmp_path):
+    message = refusal(tmp_path, "title: t\narms: [{}, {mask_rat: 0.1}]\nseeds: [010]\nsedes: [1]\n"
+                                "profiles: {tinny: {}}\n")
+    assert [line.partition(", did")[0].removeprefix("bad.yaml") for line in message.splitlines()] == [
+        ":3: YAML reads 010 as 8: write a plain decimal number, true or false, or put it in quotes",
+        ": there is no profile 'tinny'",
+        ": 'sedes' is not a parameter",
+        ", arm 2: 'mask_rat' is not a parameter"]
 
 
 def test_mistakes_of_yaml_are_listed_in_the_order_of_lines(tmp_path):
-    message = refusal(tmp_path, "title: t\narms: [{mask_rate: no}]\nseeds: [010]\nseeds: [1:30]\n")
+    message = refusal(tmp_path, "title: t\narms: [{mask_rate: 0_1}]\nseeds: [010]\nseeds: [1:30]\n")
     assert [line.split(": ")[0] for line in message.splitlines()] == [
         "bad.yaml:2", "bad.yaml:3", "bad.yaml:4", "bad.yaml:4"]
 
