@@ -334,7 +334,7 @@ def read_manifest(data_dir: str | Path) -> dict:
 
 def _how_to_make(name: str) -> str:
     """The command that makes data/<name>; a source only if the name says which."""
-    command = "papermill notebooks/01_data.ipynb outputs/01_data.ipynb"
+    command = "papermill notebooks/01_data.ipynb out.ipynb --log-output"
     for source in SOURCES:
         if source in name.lower():
             return (f"Make them, from the project's root, with: {command} -p source {source} "

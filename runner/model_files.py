@@ -72,6 +72,9 @@ def check_folder(folder: Path, kind: str = "model"):
     """FileNotFoundError or ValueError if `folder` holds no model (or adapter) to be loaded."""
     config, weights, remedy = WEIGHTS[kind]
     if not (folder / config).is_file():
+        files = sorted(folder.glob("*.gguf"))
+        if files:
+            remedy = f"give the file in it, {files[0].name}"
         raise FileNotFoundError(f"{kind}={str(folder)!r} is not a folder with {config}: {remedy}")
     if (folder / weights).is_file() or (folder / f"{weights}.index.json").is_file():
         return

@@ -22,8 +22,8 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "r
 
 # The modules that decide what a run computes: 02_train imports them, directly or through others.
 # Not among them: figures (plots), statistics of finished runs (stats, theory, audit, report), what
-# is said at a run's end (results), and what starts runs (sweep, __main__). A test derives this list
-# again from the imports.
+# is said of a run (progress, results), and what starts runs (sweep, __main__). A test derives this
+# list again from the imports.
 DECISIVE = (
     "lib/_worker.py", "lib/answers.py", "lib/noise.py", "lib/rewards.py",
     "runner/__init__.py", "runner/checkpoints.py", "runner/dataset.py", "runner/engines.py",

@@ -1,4 +1,4 @@
-"""What a terminal shows of the results of a study."""
+"""What a terminal shows of data, of a run, and of the results of a study."""
 
 import io
 import subprocess
@@ -12,6 +12,21 @@ from runner.dataset import shown
 from runner.parameters import Params
 
 MACHINES = "Another processor may build another base policy: see docs/reliability.md"
+
+WARM_START = "papermill notebooks/01b_warm_start.ipynb out.ipynb --log-output"
+AFTER_DATA = {"arithmetic": WARM_START, "operations": f"{WARM_START} -p profile smol"}
+
+
+def end_of_data(folder: Path, counts: dict[str, int]) -> str:
+    """What a terminal shows of data that have been made, and what is next.
+
+    counts: file -> rows, of the manifest.
+    """
+    train, validation, test = (counts[name] for name in ("train_split", "validation_split", "test"))
+    own = (f"papermill notebooks/02_train.ipynb out.ipynb -p data_dir {folder.name} -p model MODEL "
+           "--log-output")
+    return (f"{shown(folder)}: {train:,} problems for training, {validation:,} for validation, "
+            f"{test:,} for the test\nnext: {AFTER_DATA.get(folder.name, own)}")
 
 
 def end_of_run(params: Params, metrics: pd.DataFrame, log: pd.DataFrame) -> str:

@@ -182,7 +182,7 @@ def _check_built(params: Params):
     if not (WORK / built / "policy.json").exists():
         raise FileNotFoundError(
             f"the base policy {built} has not been built. Build it with: papermill "
-            "notebooks/01b_warm_start.ipynb outputs/01b_warm_start.ipynb "
+            "notebooks/01b_warm_start.ipynb out.ipynb --log-output "
             f"-p profile {params.profile} -p base_seed {params.base_seed}")
 
 

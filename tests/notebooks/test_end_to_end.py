@@ -66,9 +66,11 @@ def test_a_study_leaves_tables_figures_and_rendered_notebooks(study):
 
 def test_executed_notebooks_keep_the_last_state_of_their_progress(workspace, study):
     for path, last in ((workspace / "01b.ipynb", "right answers: step 150 of 150"),
+                       (runs_of(study[0])[0] / "notebook.ipynb", "step 6/6: clean reward 0."),
                        (study[0] / "03_eval.ipynb", "base-s0: 2 of 2 runs")):
         text = path.read_text()
         assert last in text and not re.search(r"widget-view|\d%\|", text)  # a bar would be stored as it began
+        assert "application/javascript" not in text
 
 
 def test_every_run_keeps_the_contract(study):

@@ -434,7 +434,7 @@ def test_contradictory_parameters(parts, tmp_path):
 
 def test_loading(tmp_path, parts):
     for name, source in (("math", "math"), ("Operations-7", "operations"), ("my-arithmetic", "arithmetic")):
-        command = f"papermill notebooks/01_data.ipynb .* -p source {source} -p data_dir {name}"
+        command = f"papermill notebooks/01_data.ipynb .* --log-output -p source {source} -p data_dir {name}"
         with pytest.raises(FileNotFoundError, match=command):
             load_split(tmp_path / name, "train")
     for name in ("gsm9k", "mine"):  # sums would be made in their place, and trained on

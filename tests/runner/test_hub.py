@@ -173,7 +173,10 @@ def test_a_local_folder_needs_no_hub(tmp_path, work, saved):
     params = parameters.resolve("tiny", model=str(tmp_path / "copy"), data_dir=str(work / "data/arithmetic"))
     runs.check_inputs(params)
     (tmp_path / "copy/config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="is not a folder with config.json"):
+    with pytest.raises(FileNotFoundError, match="is not a folder with config.json: give one, or a hub id"):
+        runs.check_inputs(params)
+    (tmp_path / "copy/weights.gguf").touch()
+    with pytest.raises(FileNotFoundError, match="is not a folder with config.json: give the file in it, weights.gguf"):
         runs.check_inputs(params)
 
 

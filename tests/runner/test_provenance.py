@@ -12,7 +12,8 @@ import pytest
 from runner import ROOT, checkpoints, parameters, provenance, runs
 
 # 02_train imports these, but they show or check what a run has computed already
-SHOWING = {"lib/plots.py", "lib/stats.py", "lib/audit.py", "lib/theory.py", "runner/results.py"}
+SHOWING = {"lib/plots.py", "lib/stats.py", "lib/audit.py", "lib/theory.py", "runner/progress.py",
+           "runner/results.py"}
 
 
 def imported(source):

@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 
-from runner import parameters, plan, policies, results, targets
+from runner import dataset, parameters, plan, policies, results, targets
 
 
 @pytest.fixture
@@ -57,7 +57,18 @@ def test_a_run_that_was_moved_is_not_evaluated_in_silence(store, tmp_path):
         targets.load(str(tmp_path / "elsewhere"), "tiny")
 
 
-# --- the end of a run -------------------------------------------------------------------------------
+# --- the end of a notebook -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, following", [
+    ("arithmetic", "01b_warm_start.ipynb out.ipynb --log-output"),
+    ("operations", "01b_warm_start.ipynb out.ipynb --log-output -p profile smol"),
+    ("sums", "02_train.ipynb out.ipynb -p data_dir sums -p model MODEL --log-output")])
+def test_data_say_how_many_there_are_and_what_is_next(name, following):
+    counts = {"train": 7500, "validation": 5000, "train_split": 6750, "validation_split": 750, "test": 5000}
+    assert results.end_of_data(dataset.data_folder(name), counts).splitlines() == [
+        f"data/{name}: 6,750 problems for training, 750 for validation, 5,000 for the test",
+        f"next: papermill notebooks/{following}"]
 
 
 def test_a_finished_run_says_what_went_wrong_and_what_is_next(store):
