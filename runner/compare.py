@@ -27,6 +27,7 @@ from runner.reading import nearest
 STORES = tuple(dict.fromkeys((OUTPUTS, ROOT / "outputs")))  # own results before published ones
 NO_PARAMETERS = report.ABOUT_A_RUN | {"setting"}
 VALUES = ["estimate", "low", "high"]
+LEAST_SPAN = 10  # points on the axis of accuracies, so that .1 point does not look like a gulf
 
 
 class Side(NamedTuple):
@@ -200,7 +201,11 @@ def figure_of_studies(one: Side, other: Side, table: pd.DataFrame):
             ax.hlines(rows + shift, low, high, color=points[0].get_color(), linewidth=1.2)
         ax.set_yticks(rows, table.index)
         ax.invert_yaxis()
-        ax.set_xlabel("accuracy, %")
+        left, right = ax.get_xlim()
+        missing = max(0, LEAST_SPAN - (right - left))
+        ax.set_xlim(left - missing / 2, right + missing / 2)
+        has_interval = table.filter(like="_low").notna().to_numpy().any()
+        ax.set_xlabel("accuracy, %" if has_interval else "accuracy, % (one seed: no intervals)")
         fig.legend(loc="outside upper center", ncols=2)
     return fig
 

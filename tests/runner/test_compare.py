@@ -61,6 +61,17 @@ def test_a_difference_between_studies_is_paired_on_seed_and_question(outputs):
     assert table.loc[["flip 0.3", "flip 0.4"], "difference_estimate"].isna().all()
 
 
+@pytest.mark.parametrize("low, label", [(np.nan, "accuracy, % (one seed: no intervals)"), (0.49, "accuracy, %")])
+def test_a_small_difference_looks_small(low, label):
+    columns = ["A_estimate", "A_low", "A_high", "B_estimate", "B_low", "B_high"]
+    table = pd.DataFrame([[0.500, low, low + 0.02, 0.501, low, low + 0.02]], ["clean"], columns)
+    sides = [compare.Side(name, pd.DataFrame(), {}, None) for name in ("one", "two")]
+    [ax] = compare.figure_of_studies(*sides, table).axes
+    left, right = ax.get_xlim()
+    assert right - left == pytest.approx(compare.LEAST_SPAN) and left < 50 < 50.1 < right
+    assert ax.get_xlabel() == label
+
+
 def test_two_published_runs(outputs, capsys):
     runs = pd.read_csv(ROOT / "outputs/tiny/summary.csv").set_index("run_id")
     clean = next(name for name in runs.index if name.startswith("clean-s0"))
