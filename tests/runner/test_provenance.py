@@ -12,7 +12,7 @@ import pytest
 from runner import ROOT, checkpoints, parameters, provenance, runs
 
 # 02_train imports these, but they show or check what a run has computed already
-SHOWING = {"lib/plots.py", "lib/stats.py", "lib/audit.py", "lib/theory.py", "runner/progress.py",
+SHOWING = {"lib/plots.py", "lib/report.py", "lib/stats.py", "lib/audit.py", "lib/theory.py", "runner/progress.py",
            "runner/results.py"}
 
 
