@@ -1,5 +1,6 @@
 """runner.problems: shares and splits, overlaps, and generators of which every single problem is checked."""
 
+import functools
 import itertools
 import re
 from collections import Counter
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runner import problems
 from runner.problems import (
     ARITHMETIC_TYPES,
     DIFFICULTIES,
@@ -128,13 +130,24 @@ def test_each_problem_exists_once():
     assert len(set(problems)) == len(problems) == 26_640
 
 
+ALL_PROBLEMS = problems._all_problems
+
+
+@functools.cache
+def space_of(source):
+    """All problems of a source, made once: it takes seconds, and other tests look at each of them."""
+    return ALL_PROBLEMS(GENERATED[source])
+
+
 @pytest.mark.parametrize("source", GENERATED)
 @given(seed=st.integers(0, 3), n_train=st.integers(1, 300), n_test=st.integers(1, 100))
 @settings(max_examples=5)
 def test_generator_sizes_and_determinism(tmp_path_factory, source, seed, n_train, n_test):
     folder = tmp_path_factory.mktemp(source)
-    for name in "ab":
-        generate(source, folder / name, seed, n_train, n_test)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(problems, "_all_problems", lambda generator: space_of(source))
+        for name in "ab":
+            generate(source, folder / name, seed, n_train, n_test)
     files = sorted(f.relative_to(folder / "a") for f in folder.rglob("a/*/*.jsonl"))
     assert len(files) == 2 * len(GENERATED[source][1])
     assert all((folder / "a" / f).read_bytes() == (folder / "b" / f).read_bytes() for f in files)
