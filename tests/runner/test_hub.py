@@ -16,12 +16,14 @@ from loopback_hub import serve
 from runner import ROOT, dataset, hub, parameters, policies, runs
 
 NAME = "someone/tiny-qwen"
+SHARDED = "someone/sharded-qwen"
 LOAD = """
 import sys
 from runner import parameters, policies, runs
-params = parameters.resolve("tiny", model=sys.argv[1], data_dir=sys.argv[2])
-runs.check_inputs(params)
-print(policies.weights_hash(policies.load_policy(params)[0]))
+for model in sys.argv[1].split(","):
+    params = parameters.resolve("tiny", model=model, data_dir=sys.argv[2])
+    runs.check_inputs(params)
+    print(policies.weights_hash(policies.load_policy(params)[0]))
 """
 CHECK = """
 import sys, time
@@ -77,28 +79,37 @@ def refused(done, *parts):
     return sentence
 
 
-def test_a_model_is_downloaded_and_then_needs_no_hub(tmp_path, work, saved):
-    requests = []
-    with serve({("model", NAME): saved}, requests) as endpoint:
-        done = execute(LOAD, work, tmp_path, endpoint)
-    assert done.stdout.strip() == weights(saved), done.stderr
+@pytest.fixture(scope="module")
+def downloaded(tmp_path_factory, work, saved):
+    """Two models that were loaded from a hub, one of them in shards, and then again when the hub was gone.
+
+    Returns the folders on the hub, its requests, the cache, and the two processes.
+    """
+    shards = save(tmp_path_factory.mktemp("shards"), max_shard_size="300KB")
+    folders, requests, cache = {NAME: saved, SHARDED: shards}, [], tmp_path_factory.mktemp("cache")
+    with serve({("model", name): folder for name, folder in folders.items()}, requests) as endpoint:
+        first = execute(LOAD, work, cache, endpoint, ",".join(folders))
+    return folders, requests, cache, first, execute(LOAD, work, cache, endpoint, ",".join(folders))
+
+
+def test_a_model_is_downloaded_and_then_needs_no_hub(downloaded):
+    folders, requests, _, first, again = downloaded
     assert f"GET /{NAME}/resolve/main/model.safetensors" in requests
-    done = execute(LOAD, work, tmp_path, endpoint)  # the hub is gone by now
-    assert done.stdout.strip() == weights(saved) and "Retrying" not in done.stderr, done.stderr
+    for done in (first, again):
+        assert done.stdout.split() == [weights(folder) for folder in folders.values()], done.stderr
+    assert "Retrying" not in again.stderr, again.stderr
 
 
-def test_a_model_in_shards(tmp_path, work):
-    folder = save(tmp_path / "model", max_shard_size="300KB")
-    shards = {f.name for f in folder.glob("model-*.safetensors")}
+def test_a_model_in_shards(downloaded, work):
+    folders, _, cache, *_ = downloaded
+    shards = {f.name for f in folders[SHARDED].glob("model-*.safetensors")}
     assert len(shards) > 2
-    with serve({("model", NAME): folder}) as endpoint:
-        done = execute(LOAD, work, tmp_path / "cache", endpoint)
-    assert done.stdout.strip() == weights(folder), done.stderr
-    cached = [f for f in (tmp_path / "cache").rglob("model-*.safetensors")]
+    cached = [f for f in cache.rglob("model-*.safetensors")]
     assert {f.name for f in cached} == shards
-    assert execute(CHECK, work, tmp_path / "cache", endpoint).returncode == 0
+    nowhere = "http://127.0.0.1:1"
+    assert execute(CHECK, work, cache, nowhere, SHARDED).returncode == 0
     cached[0].unlink()  # as if the download had been interrupted
-    refused(execute(CHECK, work, tmp_path / "cache", endpoint), "neither here nor can its hub be reached")
+    refused(execute(CHECK, work, cache, nowhere, SHARDED), "neither here nor can its hub be reached")
 
 
 @pytest.mark.parametrize("token", ["", "hf_another", "hf_right"])
