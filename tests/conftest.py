@@ -1,14 +1,20 @@
-"""A workspace of its own for the tests that execute notebooks: small data, a quickly built base policy."""
+"""What tests that execute notebooks share: a workspace with a base policy, a finished run, and few kernels.
+
+A kernel spends about ten seconds on its imports before it does anything.
+"""
 
 import os
 import shutil
 import subprocess
 import sys
 
+import nbformat
 import psutil
 import pytest
 from filelock import FileLock
 from hypothesis import settings
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 
 from runner import ROOT
 
@@ -16,15 +22,38 @@ settings.register_profile("project", deadline=None)  # a busy machine is not a f
 settings.load_profile("project")
 
 
+TEN_STEPS = dict(max_steps=10, save_steps=2, eval_interval=0, label_flip_rate=0.3)
+
+
 def papermill(work, notebook, out, check=True, **parameters):
     """Execute a notebook of the project with papermill's own command line, in the workspace `work`."""
-    command = [sys.executable, "-m", "papermill", f"notebooks/{notebook}.ipynb", str(out), "--no-progress-bar"]
-    for name, value in parameters.items():
-        command += ["-p", name, str(value)]
+    given = [x for name, value in parameters.items() for x in ("-p", name, str(value))]
+    return _papermill(work, f"notebooks/{notebook}.ipynb", out, given, check)
+
+
+def _papermill(work, notebook, out, given=(), check=True):
+    command = [sys.executable, "-m", "papermill", str(notebook), str(out), "--no-progress-bar", *given]
     env = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}  # a kernel would behave otherwise for it
     done = subprocess.run(command, cwd=ROOT, env=env | {"GRPO_NOISE_WORK": str(work)}, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def train_in_one_kernel(work, out, *runs):
+    """Execute 02_train with each of these parameters, one after the other; returns what each of them shows, as JSON.
+
+    That is as good as a kernel each: a run seeds everything that it draws from, and Python's imports are made once.
+    """
+    notebook = load_notebook_node(str(ROOT / "notebooks/02_train.ipynb"))
+    blocks = [parameterize_notebook(notebook, given).cells for given in runs]
+    for number, block in enumerate(blocks):
+        for cell in block:
+            cell.id = f"{cell.id[:50]}-{number}"
+    source = out.with_suffix(".source.ipynb")
+    nbformat.write(nbformat.v4.new_notebook(cells=sum(blocks, []), metadata=notebook.metadata), source)
+    _papermill(work, source, out)
+    executed = iter(nbformat.read(out, 4).cells)
+    return [nbformat.writes(nbformat.v4.new_notebook(cells=[next(executed) for _ in block])) for block in blocks]
 
 
 def processes(work):
@@ -45,21 +74,37 @@ def build_workspace(work):
     papermill(work, "01b_warm_start", work / "01b.ipynb", right_steps=150, careless_steps=20, samples=2)
 
 
+def built_once(tmp_path_factory, worker_id, name, build):
+    """A folder that `build(folder)` fills: of several workers of pytest the first, and each gets a copy of its own."""
+    own = tmp_path_factory.mktemp(name)
+    if worker_id == "master":  # there is one process only
+        build(own)
+        return own
+    common = tmp_path_factory.getbasetemp().parent / name
+    with FileLock(f"{common}.lock"):
+        if not common.exists():
+            build(own)
+            shutil.copytree(own, common.with_suffix(".part"), dirs_exist_ok=True)
+            common.with_suffix(".part").rename(common)
+            return own
+    return shutil.copytree(common, own, dirs_exist_ok=True)
+
+
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory, worker_id):
-    """A folder with data and a base policy, used by all end-to-end tests.
+    """A folder with data and a base policy, used by all end-to-end tests."""
+    return built_once(tmp_path_factory, worker_id, "workspace", build_workspace)
 
-    Of several workers of pytest the first builds it, and each takes a copy of its own.
+
+@pytest.fixture(scope="session")
+def ten_steps(workspace, tmp_path_factory, worker_id):
+    """The folder of a finished run of TEN_STEPS that was left alone, outside of the store.
+
+    It has checkpoints at steps 8 and 10. Nobody changes it: break a copy.
     """
-    work = tmp_path_factory.mktemp("work")
-    if worker_id == "master":  # there is one process only
-        build_workspace(work)
-        return work
-    shared = tmp_path_factory.getbasetemp().parent / "workspace"
-    with FileLock(f"{shared}.lock"):
-        if not shared.exists():
-            build_workspace(work)
-            shutil.copytree(work, shared.with_suffix(".part"), dirs_exist_ok=True)
-            shared.with_suffix(".part").rename(shared)
-            return work
-    return shutil.copytree(shared, work, dirs_exist_ok=True)
+    def train(folder):
+        papermill(workspace, "02_train", folder / "notebook.ipynb", output_dir="apart", **TEN_STEPS)
+        shutil.move(workspace / "apart/runs", folder / "runs")
+
+    (run,) = (built_once(tmp_path_factory, worker_id, "ten-steps", train) / "runs").iterdir()
+    return run

@@ -1,4 +1,4 @@
-"""The real notebooks with real TRL: a two-cell study, a failing run, and a run killed in the middle."""
+"""The real notebooks with real TRL: a small study, a failing run, and a run killed in the middle."""
 
 import json
 import os
@@ -14,16 +14,18 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-from conftest import papermill
+from conftest import TEN_STEPS, papermill, train_in_one_kernel
 from safetensors.numpy import load_file
 
-from runner import ROOT, parameters, rewardlog, runs, studies
+from runner import ROOT, checkpoints, files, parameters, rewardlog, runs, studies
 
+SIX_STEPS = dict(max_steps=6, eval_interval=3, save_steps=3, eval_problems=16)
 STUDY = """
-title: Two cells
+title: Three cells
 arms:
   - {}
   - label_flip_rate: 0.25
+  - mask_rate: 1.0
 fixed: {max_steps: 6, eval_interval: 3, save_steps: 3, eval_problems: 16}
 seeds: [0]
 use_selected: false
@@ -38,18 +40,31 @@ def command(work, module, *args, **kwargs):
 
 
 @pytest.fixture(scope="module")
-def study(workspace):
-    """The two-cell study, run by the command that `make study` calls."""
-    (workspace / "two.yaml").write_text(STUDY)
-    done = command(workspace, "runner", workspace / "two.yaml")
+def failing(workspace):
+    """Two runs, of which one fails: its prompts are all too long. The other is also one of the study's."""
+    fails = STUDY.replace("  - {}\n", "").replace("label_flip_rate: 0.25", "max_prompt_length: 1")
+    (workspace / "fail.yaml").write_text(fails)
+    return command(workspace, "runner", workspace / "fail.yaml", "--runs-only")
+
+
+@pytest.fixture(scope="module")
+def study(workspace, failing):
+    """The study, run by the command that `make study` calls."""
+    (workspace / "three.yaml").write_text(STUDY)
+    done = command(workspace, "runner", workspace / "three.yaml")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return workspace / "outputs/two", done
+    return workspace / "outputs/three", done
+
+
+def folders(work, name):
+    """The folders in the store of a study's runs, in the order of its arms."""
+    _, grid = studies.load_study(str(work / f"{name}.yaml"), "tiny")
+    return [work / "outputs/runs" / parameters.run_id(p) for p in grid]
 
 
 def runs_of(folder):
-    """The runs of the two-cell study, in the store beside its folder."""
-    _, grid = studies.load_study(str(folder.parents[1] / "two.yaml"), "tiny")
-    return sorted(folder.with_name("runs") / parameters.run_id(p) for p in grid)
+    """The runs of the study, in the store beside its folder: clean, flipped, and without a reward."""
+    return folders(folder.parents[1], "three")
 
 
 def test_a_study_leaves_tables_figures_and_rendered_notebooks(study):
@@ -58,16 +73,18 @@ def test_a_study_leaves_tables_figures_and_rendered_notebooks(study):
                  "03_eval.ipynb", "04_analysis.ipynb", "04_analysis.html"):
         assert (folder / name).exists(), name
     assert list((folder / "figures").glob("*.png"))
-    assert "Next: open outputs/two/04_analysis.html" in done.stdout and "flip 0.25" in done.stdout
+    assert "Next: open outputs/three/04_analysis.html" in done.stdout and "flip 0.25" in done.stdout
     evaluated = pd.read_parquet(folder / "eval.parquet")
-    assert len(evaluated) == 3 * 60 * (2 + 1)  # base and two runs, 60 questions, two samples and one greedy answer
-    assert list(pd.read_csv(folder / "summary.csv").arm) == ["base", "clean", "flip 0.25"]
+    assert len(evaluated) == 4 * 60 * (2 + 1)  # base and three runs, 60 questions, two samples and one greedy answer
+    summary = pd.read_csv(folder / "summary.csv").set_index("arm").sampled_exact
+    assert list(summary.index) == ["base", "clean", "flip 0.25", "mask 1"]
+    assert summary["base"] == summary["mask 1"]  # without a reward nothing is learnt
 
 
 def test_executed_notebooks_keep_the_last_state_of_their_progress(workspace, study):
     for path, last in ((workspace / "01b.ipynb", "right answers: step 150 of 150"),
                        (runs_of(study[0])[0] / "notebook.ipynb", "step 6/6: clean reward 0."),
-                       (study[0] / "03_eval.ipynb", "base-s0: 2 of 2 runs")):
+                       (study[0] / "03_eval.ipynb", "base-s0: 3 of 3 runs")):
         text = path.read_text()
         assert last in text and not re.search(r"widget-view|\d%\|", text)  # a bar would be stored as it began
         assert "application/javascript" not in text
@@ -90,7 +107,7 @@ def test_every_run_keeps_the_contract(study):
         np.testing.assert_allclose(logged, by_step, atol=1e-6)
         record = json.loads((run / "provenance.json").read_text())
         assert record["versions"]["trl"] and record["policy_hash"] and record["resumed_from"] == []
-    clean, flip = runs_of(folder)
+    clean, flip, _ = runs_of(folder)
     first = [rewardlog.read_log(r).query("step == 0") for r in (clean, flip)]
     assert first[0].sample_id.tolist() == first[1].sample_id.tolist()  # same seed: same prompts in the first step
 
@@ -111,20 +128,35 @@ def test_one_tampered_row_is_found(study, tmp_path, column):
 def test_a_finished_study_is_left_alone(study):
     folder, _ = study
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
-    done = command(folder.parents[1], "runner", folder.parents[1] / "two.yaml")
+    done = command(folder.parents[1], "runner", folder.parents[1] / "three.yaml")
     assert done.returncode == 0 and done.stdout.count("nothing to do") == 3
     assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def finished_at(folders):
+    """When each run was done."""
+    return [(run / "DONE").stat().st_mtime_ns for run in folders]
 
 
 def test_the_same_cells_in_another_study_are_the_same_runs(study):
     """A dry run says so before, and nothing is executed twice."""
     work = study[0].parents[1]
     (work / "again.yaml").write_text(STUDY)
-    before = [(run / "DONE").stat().st_mtime_ns for run in runs_of(study[0])]
-    assert "runs: 2; 2 done" in command(work, "runner", work / "again.yaml", "--dry-run").stdout
+    before = finished_at(runs_of(study[0]))
+    assert "runs: 3; 3 done" in command(work, "runner", work / "again.yaml", "--dry-run").stdout
+    done = command(work, "runner", work / "again.yaml", "--runs-only")
+    assert done.returncode == 0 and "All 3 runs are done: nothing to do." in done.stdout
+    assert before == finished_at(runs_of(study[0]))
+
+
+@pytest.mark.slow
+def test_the_same_cells_in_another_study_have_the_same_results(study):
+    work = study[0].parents[1]
+    (work / "again.yaml").write_text(STUDY)
+    before = finished_at(runs_of(study[0]))
     done = command(work, "runner", work / "again.yaml")
-    assert done.returncode == 0 and "All 2 runs are done: nothing to do." in done.stdout
-    assert before == [(run / "DONE").stat().st_mtime_ns for run in runs_of(study[0])]
+    assert done.returncode == 0 and "All 3 runs are done: nothing to do." in done.stdout
+    assert before == finished_at(runs_of(study[0]))
     assert (work / "outputs/again/results.csv").read_text() == (study[0] / "results.csv").read_text()
 
 
@@ -136,26 +168,22 @@ def pack(work, *args):
 
 def test_a_study_is_packed_without_weights_and_goes_on_elsewhere(study, tmp_path):
     work = study[0].parents[1]
-    packed = pack(work, "pack", work / "two.yaml")
-    assert packed.returncode == 0 and "outputs/two/runs.tar.xz" in packed.stdout, packed.stderr
-    (tmp_path / "outputs/two").mkdir(parents=True)
-    (study[0] / "runs.tar.xz").rename(tmp_path / "outputs/two/runs.tar.xz")
-    unpacked = pack(tmp_path, "unpack", work / "two.yaml")
-    assert unpacked.returncode == 0 and "2 of 2 runs" in unpacked.stdout, unpacked.stderr
+    packed = pack(work, "pack", work / "three.yaml")
+    assert packed.returncode == 0 and "outputs/three/runs.tar.xz" in packed.stdout, packed.stderr
+    (tmp_path / "outputs/three").mkdir(parents=True)
+    (study[0] / "runs.tar.xz").rename(tmp_path / "outputs/three/runs.tar.xz")
+    unpacked = pack(tmp_path, "unpack", work / "three.yaml")
+    assert unpacked.returncode == 0 and "3 of 3 runs" in unpacked.stdout, unpacked.stderr
     for run in runs_of(study[0]):
         there = tmp_path / "outputs/runs" / run.name
         assert runs.status(there) == "done" and not (there / runs.WEIGHTS).exists() and runs.prove(there)[1].empty
     assert list((tmp_path / "outputs/runs/base-tiny-s0").glob("eval-*.parquet"))
 
 
-def test_a_failing_run_is_reported_and_does_not_stop_the_others(workspace):
-    (workspace / "fail.yaml").write_text(STUDY.replace("{}", "max_prompt_length: 1").replace(
-        "label_flip_rate: 0.25", "mask_rate: 1.0"))
-    done = command(workspace, "runner", workspace / "fail.yaml", "--runs-only")
-    assert done.returncode == 1
-    _, grid = studies.load_study(str(workspace / "fail.yaml"), "tiny")
-    failed, unrewarded = (workspace / "outputs/runs" / parameters.run_id(p) for p in grid)
-    assert f"FAILED {failed.name}" in done.stderr and "max_prompt_length=1" in done.stderr
+def test_a_failing_run_is_reported_and_does_not_stop_the_others(workspace, failing):
+    assert failing.returncode == 1
+    failed, unrewarded = folders(workspace, "fail")
+    assert f"FAILED {failed.name}" in failing.stderr and "max_prompt_length=1" in failing.stderr
     assert runs.status(failed) == "failed"
     assert runs.status(unrewarded) == "done"  # which is a result, not a failure
     assert "nothing to learn from" in (unrewarded / "notebook.ipynb").read_text()
@@ -163,11 +191,6 @@ def test_a_failing_run_is_reported_and_does_not_stop_the_others(workspace):
     assert any(o.output_type == "error" for c in cells for o in c.get("outputs", []))
     plan = command(workspace, "runner", workspace / "fail.yaml", "--dry-run").stdout
     assert "failed" in plan and "done" in plan
-    (workspace / "fail.yaml").write_text(STUDY.replace("  - {}\n", "").replace(
-        "label_flip_rate: 0.25", "mask_rate: 1.0"))
-    papermill(workspace, "03_eval", workspace / "03.ipynb", study=workspace / "fail.yaml")
-    base, trained = pd.read_csv(workspace / "outputs/fail/summary.csv").sampled_exact
-    assert base == trained
 
 
 @pytest.mark.parametrize("given, words", [  # one mistake for each of the three checks; test_parameters has more
@@ -181,48 +204,82 @@ def test_the_training_notebook_refuses_bad_parameters(workspace, tmp_path, given
     assert "starting from" not in (tmp_path / "out.ipynb").read_text().split('"cells"')[0]
 
 
-SHORT = dict(max_steps=20, save_steps=5, label_flip_rate=0.3, eval_interval=0)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(workspace):
-    """The folder of a run that was left alone."""
-    papermill(workspace, "02_train", workspace / "whole.ipynb", output_dir="outputs/whole", **SHORT)
-    return next((workspace / "outputs/whole/runs").glob("flip-*"))
-
-
-def test_a_killed_run_resumes_to_the_same_weights(workspace, uninterrupted):
-    """kill -9 of notebook and kernel between two checkpoints, then the same command again."""
-    arguments = [x for k, v in SHORT.items() for x in ("-p", k, str(v))]
+def killed_run(work, folder):
+    """Start the run of TEN_STEPS again, and kill -9 notebook and kernel on the way."""
+    given = [x for k, v in TEN_STEPS.items() for x in ("-p", k, str(v))]
     process = subprocess.Popen(
-        [sys.executable, "-m", "papermill", "notebooks/02_train.ipynb", str(workspace / "killed.ipynb"), "-p",
-         "output_dir", "outputs/killed", *arguments], cwd=ROOT, env=os.environ | {"GRPO_NOISE_WORK": str(workspace)},
+        [sys.executable, "-m", "papermill", "notebooks/02_train.ipynb", str(work / "killed.ipynb"), "-p",
+         "output_dir", "outputs/killed", *given], cwd=ROOT, env=os.environ | {"GRPO_NOISE_WORK": str(work)},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log = workspace / "outputs/killed/runs" / uninterrupted.name / "rewards"
     deadline = time.time() + 1800
-    while not (log / "step-000007.parquet").exists():
+    while not (folder / "rewards/step-000004.parquet").exists():
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.01)
     for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
         child.send_signal(signal.SIGKILL)
     process.wait()
     time.sleep(0.5)
-    folder = log.parent
-    assert runs.status(folder) == "interrupted" and len(rewardlog.read_log(folder)) >= 8 * 128
-    papermill(workspace, "02_train", workspace / "killed.ipynb", output_dir="outputs/killed", **SHORT)
-    assert json.loads((folder / "provenance.json").read_text())["resumed_from"] == [5]
-    assert runs.adapter_hash(folder) == runs.adapter_hash(uninterrupted)
-    pd.testing.assert_frame_equal(rewardlog.read_log(folder), rewardlog.read_log(uninterrupted))
+    assert runs.status(folder) == "interrupted" and len(rewardlog.read_log(folder)) >= 5 * 128
+    return folder
 
 
-def test_a_run_killed_after_its_last_step_is_finished_without_another(workspace, uninterrupted):
-    folder = workspace / "outputs/last/runs" / uninterrupted.name
-    shutil.copytree(uninterrupted, folder)
+def without_its_end(whole, folder):
+    """A copy of a finished run as a kill after its last step leaves it."""
+    shutil.copytree(whole, folder)
     (folder / "DONE").unlink()
     shutil.rmtree(folder / "adapter")
-    papermill(workspace, "02_train", workspace / "last.ipynb", output_dir="outputs/last", **SHORT)
-    assert (folder / "DONE").read_text() == (uninterrupted / "DONE").read_text()
-    pd.testing.assert_frame_equal(rewardlog.read_log(folder), rewardlog.read_log(uninterrupted))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gone_on(workspace, ten_steps):
+    """The same run, killed and broken in three ways and then executed again, and one run with another mitigation.
+
+    Returns their folders, what the notebook shows of each, and what was there before.
+    """
+    name, shown_again = ten_steps.name, workspace / "outputs/whole/runs" / ten_steps.name
+    found = {"killed": killed_run(workspace, workspace / "outputs/killed/runs" / name),
+             "last": without_its_end(ten_steps, workspace / "outputs/last/runs" / name),
+             "again": shutil.copytree(ten_steps, shown_again)}
+    whole = [path for path in checkpoints.checkpoints(found["killed"]) if not files.unsealed(path)]
+    before = {"checkpoint": checkpoints.step_of(whole[0]), "done": finished_at([shown_again])}
+    settings = [TEN_STEPS | {"output_dir": f"outputs/{way}"} for way in ("killed", "last", "whole")]
+    corrected = SIX_STEPS | dict(label_flip_rate=0.25, mitigation="backward", output_dir="outputs/theorem")
+    shown = train_in_one_kernel(workspace, workspace / "gone-on.ipynb", *settings, corrected)
+    (found["corrected"],) = (workspace / "outputs/theorem/runs").iterdir()
+    return found, dict(zip(found, shown, strict=True)), before
+
+
+def assert_same(folder, whole):
+    """That a run ended in the same weights, with the same log."""
+    assert (folder / "DONE").read_text() == (whole / "DONE").read_text()
+    assert runs.adapter_hash(folder) == runs.adapter_hash(whole)
+    pd.testing.assert_frame_equal(rewardlog.read_log(folder), rewardlog.read_log(whole))
+
+
+def resumed_from(folder):
+    """The steps that a run's later starts went on from."""
+    return json.loads((folder / "provenance.json").read_text())["resumed_from"]
+
+
+def test_a_killed_run_resumes_to_the_same_weights(gone_on, ten_steps):
+    """kill -9 of notebook and kernel between two checkpoints, then the same command again."""
+    found, _, before = gone_on
+    assert 4 <= before["checkpoint"] < 10
+    assert resumed_from(found["killed"]) == [before["checkpoint"]]
+    assert_same(found["killed"], ten_steps)
+
+
+def test_a_run_killed_after_its_last_step_is_finished_without_another(gone_on, ten_steps):
+    found, _, _ = gone_on
+    assert resumed_from(found["last"]) == [10]
+    assert_same(found["last"], ten_steps)
+
+
+def test_showing_a_finished_run_again_trains_nothing(gone_on):
+    found, shown, before = gone_on
+    assert finished_at([found["again"]]) == before["done"]
+    assert "is done" in shown["again"]
 
 
 def adapter(folder):
@@ -231,25 +288,14 @@ def adapter(folder):
     return np.concatenate([tensors[name].ravel() for name in sorted(tensors)])
 
 
-def test_backward_correction_does_not_change_std_normalised_grpo(workspace):
+def test_backward_correction_does_not_change_std_normalised_grpo(study, gone_on):
     """The theorem of helpers/theory, in TRL: r -> (r - a) / J cancels in (r - mean) / std, but for the 1e-4 in TRL."""
-    given = dict(max_steps=6, label_flip_rate=0.3, eval_interval=0, output_dir="outputs/theorem")
-    for mitigation in ("none", "backward"):
-        papermill(workspace, "02_train", workspace / f"{mitigation}.ipynb", mitigation=mitigation, **given)
-    plain, corrected = ({json.loads((p / "params.json").read_text())["mitigation"]: p for p in
-                         (workspace / "outputs/theorem/runs").glob("flip-*")}[m] for m in ("none", "backward"))
+    plain, corrected = runs_of(study[0])[1], gone_on[0]["corrected"]
     first, second = rewardlog.read_log(plain), rewardlog.read_log(corrected)
     pd.testing.assert_frame_equal(first.drop(columns="returned"), second.drop(columns="returned"))
-    assert set(second.returned.round(4)) == {-0.75, 1.75}  # (r - .3) / .4: the trainer did get other numbers
+    assert set(second.returned.round(4)) == {-0.5, 1.5}  # (r - .25) / .5: the trainer did get other numbers
     trained = adapter(plain)
     difference = np.abs(adapter(corrected) - trained).max() / np.abs(trained).max()
     # TRL's epsilon: advantages differ by at most 1e-4 (1 - J) / std, relatively. AdamW divides each gradient by its own
     # size and enlarges that where gradients are small, more or less by machine: .0012 seen on one.
     assert 0 < difference < 5e-3
-
-
-def test_showing_a_finished_run_again_trains_nothing(workspace, uninterrupted):
-    before = (uninterrupted / "DONE").stat().st_mtime_ns
-    papermill(workspace, "02_train", workspace / "again.ipynb", output_dir="outputs/whole", **SHORT)
-    assert (uninterrupted / "DONE").stat().st_mtime_ns == before
-    assert "is done" in (workspace / "again.ipynb").read_text()

@@ -5,7 +5,7 @@ Which rewards are withheld does not depend on the policy, so neither do these te
 
 import pandas as pd
 import pytest
-from conftest import papermill
+from conftest import train_in_one_kernel
 
 from runner import parameters, rewardlog, runs
 
@@ -14,15 +14,20 @@ ONE_A_GROUP = dict(abstain_rate=0.9, num_generations=2, per_device_train_batch_s
 NONE = dict(abstain_rate=1.0, max_steps=1, eval_interval=0)
 
 
-@pytest.fixture(scope="module", params=[FEW, ONE_A_GROUP, NONE], ids=["few", "one a group", "none"])
-def run(workspace, request):
+@pytest.fixture(scope="module")
+def shown(workspace):
+    """What the notebook shows of each run."""
+    return train_in_one_kernel(workspace, workspace / "withheld.ipynb", FEW, ONE_A_GROUP, NONE)
+
+
+@pytest.fixture(params=[FEW, ONE_A_GROUP, NONE], ids=["few", "one a group", "none"])
+def run(workspace, shown, request):
     """(settings, what the notebook shows, log, metrics) of a run that was executed."""
-    out = workspace / "withheld.ipynb"
-    papermill(workspace, "02_train", out, **request.param)
     params = parameters.resolve("tiny", **request.param)
     folder = workspace / params.output_dir / "runs" / parameters.run_id(params)
     assert runs.status(folder) == "done" and runs.prove(folder)[1].empty
-    return request.param, out.read_text(), rewardlog.read_log(folder), pd.read_parquet(folder / "metrics.parquet")
+    own = shown[[FEW, ONE_A_GROUP, NONE].index(request.param)]
+    return request.param, own, rewardlog.read_log(folder), pd.read_parquet(folder / "metrics.parquet")
 
 
 def test_a_step_without_a_reward_has_no_observed_mean(run):

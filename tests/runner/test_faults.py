@@ -13,20 +13,19 @@ import nbformat
 import pandas as pd
 import psutil
 import pytest
+from conftest import TEN_STEPS as SETTINGS
 from conftest import papermill
 
 from runner import ROOT, checkpoints, files, parameters, provenance, rewardlog, runs
 
-SETTINGS = dict(max_steps=10, save_steps=2, eval_interval=0, label_flip_rate=0.3)
 NOT_COMPARED = ("seconds/", "train_runtime", "train_samples_per_second", "train_steps_per_second", "step_time",
                 "train_loss")  # durations, and a mean that the trainer takes over the steps since it was started
 
 
 @pytest.fixture(scope="module")
-def whole(workspace):
+def whole(ten_steps):
     """The folder of a finished run that was left alone, apart from the store; checkpoints at steps 8 and 10."""
-    papermill(workspace, "02_train", workspace / "whole.ipynb", output_dir="reference", **SETTINGS)
-    return next((workspace / "reference/runs").iterdir())
+    return ten_steps
 
 
 @pytest.fixture
