@@ -152,10 +152,8 @@ NAMED = {
         added_later=True, by_difficulty=True),
 }
 PARAMETERS = (*NAMED, "noise_level")  # all parameters of a run that are about noise
-# Rewards that are not the checker's verdict. Beside controls: a checker that reads whole numbers
-# only, and one that also accepts a phrase.
-CONTROLS = {"format": "format only", "majority": "majority vote",
-            "integer": "whole numbers only", "cue": "cue"}
+CONTROLS = {"format": "format only", "majority": "majority vote"}  # rewards that are no verdict
+FLAWED = {"integer": "whole numbers only", "cue": "cue"}  # verdicts of another checker
 
 
 def channel(*, noise_level: str = "rollout", **rates: float | str | None) -> Channel:
@@ -190,11 +188,11 @@ def describe(parameters: Mapping[str, Any]) -> tuple[str, str, float]:
     noise = _rates_in_words(parameters)
     arms = [f"{called} {rate:g}" if rate else called for called, rate in noise]
     kinds = [called for called, _ in noise]
-    control = CONTROLS.get(parameters["reward"])
+    source = (CONTROLS | FLAWED).get(parameters["reward"])
     if parameters.get("cue"):
-        control = f"{control} ({parameters['cue']})"
-    if control:
-        arms, kinds = [control, *arms], [control, *kinds]
+        source = f"{source} ({parameters['cue']})"
+    if source:
+        arms, kinds = [source, *arms], [source, *kinds]
     if not kinds:
         return "clean", "clean", 0.0
 

@@ -430,9 +430,12 @@ def _judged(compared: pd.DataFrame, reference: str) -> str:
 
 
 def _largest_loss(compared: pd.DataFrame, gain: float) -> str:
-    """The channel that lost most, and which share of the clean `gain` (NaN: unknown) that is."""
-    channels = compared.dropna(subset="J")  # controls have none
-    worst = channels.loc[channels["difference"].idxmin()]
+    """The noise that lost most, and which share of the clean `gain` (NaN: unknown) that is."""
+    is_control = compared["channel"].str.startswith(tuple(noise.CONTROLS.values()))
+    if is_control.all():
+        return "Only controls are compared here, and no noise."
+    noisy = compared[~is_control]
+    worst = noisy.loc[noisy["difference"].idxmin()]
     name, loss = worst["arm"], -worst["difference"]
     sentence = f"{name[0].upper()}{name[1:]} loses most: {percent(loss)} points"
     if not gain > 0:

@@ -248,8 +248,17 @@ def test_flawed_checkers_and_rates_by_difficulty_are_compared_but_theory_says_no
     assert sorted(results.index) == sorted(["clean", "mask 0.4", *HAVE_NO_J])
     assert results.loc[HAVE_NO_J, "J"].isna().all() and results.loc[["clean", "mask 0.4"], "J"].tolist() == [1, 0.6]
     assert (results["reference"] == "clean").all() and results.loc[HAVE_NO_J, "difference"].notna().all()
+    lost_most = results["difference"].idxmin()
+    assert f"{lost_most[0].upper()}{lost_most[1:]} loses most" in paragraphs(shown)
     predicted = shown["kept"][0]["text/html"]
     assert "mask 0.4" in predicted and not any(name in predicted for name in HAVE_NO_J)
+
+
+@pytest.mark.parametrize("arm, says", [({"reward": "integer"}, "Whole numbers only loses most"),
+                                       ({"reward": "format"}, "Only controls are compared here, and no noise.")])
+def test_one_arm_without_J_beside_the_clean_one(tmp_path, arm, says):
+    folder = write_study(tmp_path / "one", [{}, arm], questions=40)
+    assert says in paragraphs(execute_analysis(folder))
 
 
 # ---- the audit of the noise
