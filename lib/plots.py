@@ -129,16 +129,18 @@ def _label(ax, table: pd.DataFrame, x: str):
 
 
 def _apart(frame: pd.DataFrame, last: float) -> pd.DataFrame:
-    """Return the frame with a column x: the rate, and places beyond the last for controls."""
-    is_control = (frame["rate"] == 0) & (frame["channel"] != "clean")
-    number = pd.factorize(frame["channel"].where(is_control))[0]  # -1: not a control
-    return frame.assign(x=frame["rate"].where(~is_control, last * (1.25 + 0.15 * number)))
+    """Return the frame with a column x: the rate, or a place beyond the last for arms without."""
+    is_apart = (frame["rate"] == 0) & (frame["channel"] != "clean")
+    number = pd.factorize(frame["channel"].where(is_apart))[0]  # -1: it has a rate
+    return frame.assign(x=frame["rate"].where(~is_apart, last * (1.25 + 0.15 * number)))
 
 
 @plt.rc_context(STYLE)
 def noise_curve(table: pd.DataFrame, base: float | None = None,
                 seeds: pd.DataFrame | None = None) -> Figure:
-    """Draw accuracy against the noise rate; controls, which have no rate, stand apart on the right.
+    """Draw accuracy against the noise rate; arms without one rate stand apart on the right.
+
+    These are controls, flawed checkers and rates by difficulty. At least one arm has a rate.
 
     `table`: channel ("clean" or a channel's name), rate, estimate, low, high; and `arm`, `named`
     (bool) where arms have names of their own. `seeds`: channel, rate, value, a faint point a run.
@@ -153,7 +155,7 @@ def noise_curve(table: pd.DataFrame, base: float | None = None,
     if table["x"].max() > last:
         ax.set_xlim(right=table["x"].max() + 0.3 * last)
         ax.axvspan(1.14 * last, ax.get_xlim()[1], color="0.95", zorder=0)
-        ax.text(1.16 * last, 0.98, "controls", transform=ax.get_xaxis_transform(), va="top")
+        ax.text(1.16 * last, 0.98, "no one rate", transform=ax.get_xaxis_transform(), va="top")
         ax.set_xticks([tick for tick in ax.get_xticks() if -1e-9 < tick < last + 1e-9])
     _label(ax, table, "x")
     return fig

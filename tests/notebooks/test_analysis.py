@@ -259,6 +259,7 @@ def test_flawed_checkers_and_rates_by_difficulty_are_compared_but_theory_says_no
 def test_one_arm_without_J_beside_the_clean_one(tmp_path, arm, says):
     folder = write_study(tmp_path / "one", [{}, arm], questions=40)
     assert says in paragraphs(execute_analysis(folder))
+    assert (folder / "figures/accuracy-by-arm.png").exists()  # a curve over rates would put both at rate 0
 
 
 # ---- the audit of the noise
