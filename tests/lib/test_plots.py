@@ -150,7 +150,7 @@ def test_controls_stand_apart_and_have_no_rate():
     (x,) = [x for x, y in points(ax) if y == 0.4]
     assert x > 1.2 * 0.4 and points(ax, faint=True) == {(x, 0.41)}
     assert max(ax.get_xticks()) <= 0.4 + 1e-6
-    assert {"format only", "controls"} <= set(texts(ax))
+    assert {"format only", "no one rate"} <= set(texts(ax))
 
 
 def test_one_seed_draws_a_point_without_a_bar():
