@@ -116,12 +116,16 @@ def test_rivals_are_judged_by_made_up_runs_on_math(tmp_path, monkeypatch):
         pd.DataFrame({"run_id": [parameters.run_id(p) for p in grid], "arm": arms, "channel": arms,
                       "seed": [p.seed for p in grid], "sampled_exact": accuracy}).to_csv(
             tmp_path / f"{name}-qwen2.5-coder-0.5b/summary.csv", index=False)
+    cosines = pd.DataFrame({"arm": ["clean", "flip 0.3", "mask 0.8", "drawn mask", "whole numbers only"], "part": "all",
+                            "cosine": [0.5, 0.1, 0.2, 0.4, 0.3]})
+    cosines.to_csv(tmp_path / "math-base/gradient-qwen2.5-coder-0.5b.csv", index=False)
     shown = paragraphs(execute(NOTEBOOK.parent / "appendix/math.ipynb"))
     assert "6 of 6 primary contrasts can be judged" in shown and "All runs are there." in shown
     judged = pd.read_csv(tmp_path / "math-pairs-qwen2.5-coder-0.5b/verdicts.csv", index_col=0)
     assert judged.loc[1, ["J", "gap", "push"]].tolist() == ["refuted"] * 3
     assert judged.loc[[1, 4], "signal to noise"].tolist() == ["holds", "holds"]
-    assert judged.loc[2, ["J", "push"]].tolist() == ["holds", "refuted"]
+    assert judged.loc[2, ["J", "push", "cosine"]].tolist() == ["holds", "refuted", "refuted"]
+    assert judged["cosine"].notna().tolist() == [False, True, False, False, True, False]
     assert judged.loc[4, "false negatives are worse"] == "holds" and judged.loc[6, "gap"] == "holds"
 
 

@@ -101,10 +101,11 @@ def row(mean, square, reference, chosen: np.ndarray, draws: np.ndarray) -> dict[
     """Cosine, length and signal-to-noise of a step on the chosen problems, with intervals over problems."""
     p = gradient.Products(mean @ mean.T, mean @ reference.T, reference @ reference.T, (mean**2).sum(1), square,
                           np.ones(len(mean)))
-    one, many = (gradient.step(p, GROUPS_A_STEP, weights) for weights in (chosen, chosen * draws))
-    low, high = np.nanquantile(many.cosine, [0.025, 0.975])
-    return {"problems": int(chosen.sum()), "cosine": one.cosine, "low": low, "high": high, "length": one.length,
-            "signal_to_noise": one.signal_to_noise}
+    with np.errstate(invalid="ignore"):  # a resample may hold none of the chosen problems
+        one, many = (gradient.step(p, GROUPS_A_STEP, weights) for weights in (chosen, chosen * draws))
+        low, high = np.nanquantile(many.cosine, [0.025, 0.975])
+        return {"problems": int(chosen.sum()), "cosine": one.cosine, "low": low, "high": high, "length": one.length,
+                "signal_to_noise": one.signal_to_noise}
 
 
 def arms_of(profile: str) -> dict[str, parameters.Params]:
