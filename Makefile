@@ -24,7 +24,8 @@ test: setup
 	@$(BIN)/ruff check
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval tests notebooks/helpers
 
-# Kills, a full disk, a jumping clock, poisoned checkpoints, made-up advisories, and the recipes of docs/ as written.
+# Kills, a full disk, a jumping clock, poisoned checkpoints, made-up advisories, the memory that evaluation takes, and
+# the recipes of docs/ as written.
 test-slow: setup
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests
 

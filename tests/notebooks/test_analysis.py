@@ -93,7 +93,7 @@ def test_analysis_of_the_tiny_study_with_two_runs_missing(tmp_path):
 def test_predictions_for_the_language_model_are_judged(tmp_path):
     """On made-up runs in which J alone decides, so what theory and the tiny policy say of levels must not hold."""
     arms = yaml.safe_load((NOTEBOOK.parents[1] / "params/studies/language-model.yaml").read_text())["arms"]
-    folder = write_study(tmp_path / "lm", arms, seeds=range(5), questions=80, steps=4)
+    folder = write_study(tmp_path / "lm", arms, seeds=range(5), questions=40, steps=4)
     analyse(folder)
     shown = execute(NOTEBOOK.parent / "appendix/language_model.ipynb", study=str(folder))
     judged = pd.read_csv(folder / "predictions.csv").set_index("claim")

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import papermill
+from conftest import train_in_one_kernel
 
 from lib import noise, rewards
 from runner import dataset, parameters, rewardlog, runs
@@ -30,24 +30,30 @@ def mixed(workspace):
 
 
 @pytest.fixture(scope="module")
-def run(workspace, mixed):
-    """A function that executes a run: its parameters, what its audit shows, its log with each problem's row."""
+def shown(workspace, mixed):
+    """The executed notebook of each run, as JSON."""
+    settings = [given | FEW | {"data_dir": str(mixed)} for given in (INTEGER, CUE, BY_DIFFICULTY)]
+    texts = train_in_one_kernel(workspace, workspace / "checkers.ipynb", *settings)
+    return dict(zip(map(str, (INTEGER, CUE, BY_DIFFICULTY)), texts, strict=True))
+
+
+@pytest.fixture(scope="module")
+def run(workspace, mixed, shown):
+    """A function of a run's settings: its folder, what its audit shows, its log with each problem's row."""
     problems = dataset.load_split(mixed, "train").to_pandas().set_index("sample_id")
 
-    def execute(**settings):
-        out = workspace / "checkers.ipynb"
-        papermill(workspace, "02_train", out, **settings, **FEW, data_dir=mixed)
+    def executed(**settings):
         params = parameters.resolve("tiny", **settings, **FEW, data_dir=str(mixed))
         folder = workspace / params.output_dir / "runs" / parameters.run_id(params)
         assert runs.status(folder) == "done"
         logged, wrong = runs.prove(folder)
         assert wrong.empty and logged == 3 * 128
-        shown = {cell["id"]: cell.get("outputs", []) for cell in json.loads(out.read_text())["cells"]}
-        table = "".join(shown["audit"][-1]["data"]["text/html"])
+        outputs = {cell["id"]: cell.get("outputs", []) for cell in json.loads(shown[str(settings)])["cells"]}
+        table = "".join(outputs["audit"][-1]["data"]["text/html"])
         log = rewardlog.read_log(folder)
         return folder, table, log.join(problems[["answer", "level"]], on="sample_id")
 
-    return execute
+    return executed
 
 
 def test_a_checker_of_whole_numbers_refuses_all_other_golds(run):

@@ -9,7 +9,7 @@ import pytest
 from trl import GRPOConfig
 from trl.trainer.utils import ensure_master_addr_port
 
-from runner import ROOT, engines, parameters, plan, policies, task
+from runner import ROOT, engines, parameters, plan, policies, sweep, task
 
 GOOD = "9.0, 80000, 81559"
 
@@ -133,6 +133,17 @@ def test_a_sweep_gives_an_engine_a_gpu_to_itself(machine, part, address):
         plan.check_resources(grid, address, part)
 
 
+@pytest.mark.parametrize("needs, words", [
+    ({"CPU": 5}, "--cpus-per-run 5: the largest node that is there has 4"),
+    ({"CPU": 1, "GPU": 1}, "--gpus-per-run 1: the largest node that is there has 0.5")])
+def test_more_than_any_node_has_is_refused(needs, words):
+    nodes = [{"CPU": 4, "GPU": 0.5}, {"CPU": 2}]
+    sweep.refuse_too_large(nodes, {"CPU": 4, "GPU": 0.5})
+    with pytest.raises(ValueError, match=words):
+        sweep.refuse_too_large(nodes, needs)
+
+
+@pytest.mark.slow
 def test_more_than_there_is_is_refused_and_not_waited_for(workspace):
     study = workspace / "many.yaml"
     study.write_text("title: t\narms: [{}]\nseeds: [0]\nuse_selected: false\n")

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow.parquet import ParquetFile
 
 from lib.report import count_answers
 from runner import evaluate, parameters
@@ -32,6 +33,8 @@ def test_answers_written_in_pieces_are_those_of_one_table(tmp_path_factory, runs
     rng, file = np.random.default_rng(seed), tmp_path_factory.mktemp("answers") / "eval.parquet"
     all_of = {f"r{i}": answered(rng, questions, k) for i in rng.permutation(runs)}
     write_answers(file, iter(all_of.items()), all_of, rows)
+    groups = ParquetFile(file).metadata
+    assert max(groups.row_group(i).num_rows for i in range(groups.num_row_groups)) <= max(rows, questions * (k + 1))
     whole = pd.concat([t.assign(run_id=r) for r, t in all_of.items()], ignore_index=True)
     back = pd.read_parquet(file)
     assert list(back["run_id"].cat.categories) == sorted(all_of)
@@ -80,6 +83,7 @@ print(*peak)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(tmp_path):
     """600,000 answers and 2,400 resamples, in pieces, beside 50,000 and 200: all rows at once take 160 MB more."""
     done = subprocess.run([sys.executable, "-c", BOUNDED, tmp_path / "eval.parquet"], cwd=Path(__file__).parent,
