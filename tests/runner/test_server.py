@@ -273,17 +273,21 @@ def test_runs_of_two_base_policies_do_not_share_a_server(base, tmp_path):
 # --- a study ----------------------------------------------------------------------------------------
 
 
+def servers_in(work):
+    """Processes of stand-in servers that were started in this workspace."""
+    return [p for p in processes(work) if "stand_in_server" in " ".join(p.cmdline())]
+
+
 def test_a_study_on_one_server_from_the_command_to_the_table(workspace, tmp_path):
     """Two runs share a server, ask it for the same draws as a run alone does, and are evaluated through one."""
     study = workspace / "served.yaml"
     study.write_text(STUDY)
-    done = subprocess.run([sys.executable, "-m", "runner", str(study), "--cpus-per-run", "1"], cwd=ROOT, text=True,
-                          capture_output=True, env=os.environ | STAND_IN | {"GRPO_NOISE_WORK": str(workspace)})
+    done = subprocess.run([sys.executable, "-m", "runner", str(study), "--cpus-per-run", "1", "--runs-only"], cwd=ROOT,
+                          text=True, capture_output=True,
+                          env=os.environ | STAND_IN | {"GRPO_NOISE_WORK": str(workspace)})
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
     assert "Rollout servers: 1, started in" in done.stdout
-    assert not [p for p in processes(workspace) if "stand_in_server" in " ".join(p.cmdline())]
-    answers = pd.read_parquet(workspace / "outputs/served/eval.parquet")
-    assert answers.run_id.nunique() == 3
+    assert not servers_in(workspace)
 
     runs_of_study = sorted((workspace / "outputs/runs").glob("*-s0-*"))
     in_company = [run for run in runs_of_study if json.loads((run / "params.json").read_text())["engine"] == "server"]
@@ -297,8 +301,11 @@ def test_a_study_on_one_server_from_the_command_to_the_table(workspace, tmp_path
     with pytest.MonkeyPatch.context() as patched:
         for name, value in STAND_IN.items():
             patched.setenv(name, value)
+        papermill(workspace, "03_eval", tmp_path / "03_eval.ipynb", study=study)
         papermill(workspace, "02_train", tmp_path / "alone.ipynb", engine="server", max_steps=3, save_steps=3,
                   eval_interval=0, per_device_train_batch_size=32, output_dir="outputs/alone")
+    assert not servers_in(workspace)
+    assert pd.read_parquet(workspace / "outputs/served/eval.parquet").run_id.nunique() == 3  # the base policy, too
     clean = next(run for run in in_company if run.name.startswith("clean"))
     alone = pd.read_parquet(workspace / "outputs/alone/runs" / clean.name / "rewards.parquet")
     pd.testing.assert_frame_equal(alone, pd.read_parquet(clean / "rewards.parquet"))
