@@ -85,12 +85,15 @@ print(*peak)
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(tmp_path):
-    """600,000 answers and 2,400 resamples, in pieces, beside 50,000 and 200: all rows at once take 160 MB more."""
+    """600,000 answers and 2,400 resamples, in pieces, beside 50,000 and 200: all rows at once take 160 MB more.
+
+    In pieces they took 44 to 60 MB more in eight tries.
+    """
     done = subprocess.run([sys.executable, "-c", BOUNDED, tmp_path / "eval.parquet"], cwd=Path(__file__).parent,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     few, many = (int(peak) >> (20 if sys.platform == "darwin" else 10) for peak in done.stdout.split())  # MB
-    assert many - few < 50
+    assert many - few < 80
 
 
 # ---- kept tables and adapters
