@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # it imports torch, which takes seconds and which a server do
 
 START_LIMIT = 900  # seconds until a server must answer for the first time
 # Batch sizes with a CUDA graph, and the largest batch: a hundred sizes take longer to start, and a
-# batch larger than all of them is computed without a graph, in many times the time.
+# batch larger than all of them is computed without a graph.
 GRAPH_SIZES = (1, 8, 32, 64, 128, 256, 384, 512, 640, 768, 896)
 
 

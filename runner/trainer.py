@@ -1,8 +1,8 @@
 """TRL's GRPO trainer without the work that changes no gradient.
 
 Much of a training step on MATH teaches nothing. In most groups all completions are wrong, so their
-advantages are 0, and so are their gradients. TRL pads each completion to the longest of 128, and a
-third of what it computes is padding. `Trainer` leaves both out. The loss stays TRL's own.
+advantages are 0, and so are their gradients. TRL pads each completion to the longest of 128, so a
+part of what it computes is padding. `Trainer` leaves both out. The loss stays TRL's own.
 """
 
 import torch
@@ -33,9 +33,9 @@ class Trainer(GRPOTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """TRL's, or nothing for a micro-batch without a completion.
 
-        Each call sets every module to training mode, which takes longer than a small batch. The
-        first micro-batch asks for rollouts, and at the last one TRL notes the time: these are not
-        left out.
+        Each call sets every module to training mode, and LoRA makes thousands of them. The first
+        micro-batch asks for rollouts, and at the last one TRL notes the time: these are not left
+        out.
         """
         position = self._step % self.args.steps_per_generation
         inside = 0 < position < self.args.steps_per_generation - 1

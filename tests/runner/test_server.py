@@ -334,7 +334,7 @@ def test_evaluation_asks_each_adapter_in_turn(client, base, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("completions", [4, 300, 1024])
 def test_the_largest_batch_of_a_server_has_a_cuda_graph(completions):
-    """A larger one would be computed without a graph, many times slower."""
+    """A larger one would be computed without a graph."""
     serving = server.Serving(source="model", length=64, rank=16, adapters=2, completions=completions)
     options = server.Server._options(SimpleNamespace(port=1), serving, 0.2)
     sizes = json.loads(options[options.index("--compilation-config") + 1])["cudagraph_capture_sizes"]
