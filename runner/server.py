@@ -6,6 +6,7 @@ started again. `runner.rollouts` is the side of the runs.
 
 import ctypes
 import json
+import math
 import os
 import secrets
 import signal
@@ -31,6 +32,10 @@ START_LIMIT = 900  # seconds until a server must answer for the first time
 # Batch sizes with a CUDA graph, and the largest batch: a hundred sizes take longer to start, and a
 # batch larger than all of them is computed without a graph.
 GRAPH_SIZES = (1, 8, 32, 64, 128, 256, 384, 512, 640, 768, 896)
+# A server schedules its requests in one thread, which is busy before the GPU is. More runs on a GPU
+# than this have several servers.
+RUNS_A_SERVER = 4
+KEYS_AND_VALUES = 0.5  # of a server's memory, if it shares the GPU; the rest is weights and work
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,11 @@ class Serving:
     rank: int  # of the largest adapter
     adapters: int  # that are used at the same time
     completions: int  # that are written at the same time
+    on_a_gpu: int = 1  # such servers that share a GPU
 
     @classmethod
     def of(cls, grid: list[Params], at_once: int, completions: int | None = None) -> "Serving":
-        """What the runs of a grid need, `at_once` of which train at the same time.
+        """What the runs of a grid need, `at_once` of which train beside a GPU at the same time.
 
         completions: written at the same time; by default one batch of each of those runs.
         ValueError if the runs have more than one base policy: a server has one.
@@ -57,8 +63,10 @@ class Serving:
             raise ValueError(f"a rollout server has one base policy, and these runs have "
                              f"{len(sources)} ({', '.join(sources)}): make a study of each")
         batch = max(p.prompts_per_step * p.num_generations for p in grid)
-        return cls(source=sources[0], adapters=at_once,
-                   completions=completions or min(1024, at_once * batch),
+        servers = math.ceil(at_once / RUNS_A_SERVER)
+        adapters = math.ceil(at_once / servers)
+        return cls(source=sources[0], adapters=adapters, on_a_gpu=servers,
+                   completions=completions or min(1024, adapters * batch),
                    length=max(p.max_prompt_length + p.max_completion_length for p in grid),
                    rank=max(engines.served_rank(p.lora_rank) for p in grid))
 
@@ -70,13 +78,14 @@ class Server:
                  gpu: str | None = None):
         """Start it; `wait` returns when it answers.
 
-        memory: the part of the GPU's memory. gpu: as in CUDA_VISIBLE_DEVICES; None is "as here".
+        memory: the part of the GPU's memory for all servers there. gpu: as in
+        CUDA_VISIBLE_DEVICES; None is "as here".
         """
         self.port, self.key = engines.free_port(), secrets.token_hex(16)
         self.url = f"http://127.0.0.1:{self.port}"
         self.gpu, self.log, self.restarts = gpu, log, 0
         self.command = [sys.executable, "-m", engines.server_module(),
-                        *self._options(serving, memory)]
+                        *self._options(serving, memory / serving.on_a_gpu)]
         self.environment = os.environ | {
             "VLLM_API_KEY": self.key, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
             "VLLM_NO_USAGE_STATS": "1"}
@@ -103,6 +112,11 @@ class Server:
             "--disable-uvicorn-access-log"]
         if engines.vllm_on_cpu():  # fp32 as everywhere on a CPU; nothing is compiled
             return [*options, "--dtype", "float32", "--enforce-eager"]
+        found = engines.gpu_query("memory.total")
+        if serving.on_a_gpu > 1 and found:
+            # vLLM would take what it sees free, and count what servers beside it take meanwhile.
+            room = KEYS_AND_VALUES * memory * int(found[0][0]) * 2**20
+            options += ["--kv-cache-memory-bytes", str(int(room))]
         smaller = [size for size in GRAPH_SIZES if size < serving.completions]
         sizes = [*smaller, serving.completions]
         return [*options, "--dtype", "bfloat16",
@@ -214,8 +228,8 @@ class NodeServers:
             os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray hides what nobody asked for
             gpus = [index for [index] in engines.gpu_query("index")]
         node = os.uname().nodename
-        self.servers = [Server(serving, logs / f"{node}-{gpu or 0}.log", memory, gpu)
-                        for gpu in gpus or [None]]
+        self.servers = [Server(serving, logs / f"{node}-{gpu or 0}-{number}.log", memory, gpu)
+                        for gpu in gpus or [None] for number in range(serving.on_a_gpu)]
 
     def addresses(self) -> list[dict[str, str | None]]:
         """url, key and gpu of each server, when all of them answer."""
@@ -233,7 +247,7 @@ class SweepServers:
 
     def __init__(self, ray, grid: list[Params], needs: dict[str, float], at_once: int,
                  memory: float, gpus: list[str] | None):
-        """See NodeServers. needs: resources of a run; at_once: runs that share one server."""
+        """See NodeServers. needs: resources of a run; at_once: runs beside a GPU's servers."""
         self.ray, self.needs = ray, needs
         self.arguments = Serving.of(grid, at_once), memory, log_folder(grid[0]), gpus
         self.actors: dict = {}

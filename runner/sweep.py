@@ -274,11 +274,12 @@ class Sweep:
         if self.servers:
             self.servers.start_on_new_nodes()
         for job in self.those("waiting")[:free]:
+            place = self.jobs.index(job)
             job.status, job.began = "running", time.monotonic()
             job.tries += 1
             reference = self.task.remote(
                 job.params.model_dump(), self.needs["GPU"], self.marker,
-                self.servers and self.servers.addresses)
+                self.servers and self.servers.addresses, place)
             self.running[reference] = job
 
     def settle_finished(self):

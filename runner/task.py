@@ -19,13 +19,14 @@ DISK_FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWri
 
 
 def execute(params: dict, gpu_share: float = 0, marker: str | None = None,
-            servers: dict[str, list[dict]] | None = None) -> dict:
+            servers: dict[str, list[dict]] | None = None, place: int = 0) -> dict:
     """Execute one run; returns its "status", and what there is to say about it.
 
     done, failed (with "message", and whether to "retry"), elsewhere (another process has the run)
     or refused (with "message": the sweep cannot use this node).
     marker: a file in the sweep's workspace. A node that does not see it shares no file system.
     servers: the sweep's rollout servers, by the id of their node.
+    place: of the run in its grid. It spreads runs over the servers of a GPU.
     """
     if marker and not is_seen(Path(marker)):
         return {"status": "refused", "message": (
@@ -40,7 +41,7 @@ def execute(params: dict, gpu_share: float = 0, marker: str | None = None,
         if not is_ours or status == "running":  # running without a task: in somebody's notebook
             return {"status": "elsewhere"}
         if status != "done":
-            prepare_kernel(folder.name, gpu_share, servers)
+            prepare_kernel(gpu_share, servers, place)
         failure = None if status == "done" else train(params, folder)
     return failure or {"status": "done"}
 
@@ -70,11 +71,11 @@ def is_taken(folder: Path) -> bool:
         return not is_free
 
 
-def prepare_kernel(run_id: str, gpu_share: float, servers: dict[str, list[dict]] | None):
+def prepare_kernel(gpu_share: float, servers: dict[str, list[dict]] | None, place: int):
     """Set what the run's kernel reads: its part of a GPU, and the rollout server that it asks."""
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
     if servers:
-        server = server_for(run_id, servers)
+        server = server_for(place, servers)
         os.environ[engines.ROLLOUT_URL] = server["url"]
         os.environ[engines.ROLLOUT_KEY] = server["key"]
         if server["gpu"] in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","):
@@ -84,16 +85,15 @@ def prepare_kernel(run_id: str, gpu_share: float, servers: dict[str, list[dict]]
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a run without a part of a GPU leaves it alone
 
 
-def server_for(run_id: str, servers: dict[str, list[dict]]) -> dict:
-    """The server on the run's own GPU, else one of its node that the run's name decides."""
+def server_for(place: int, servers: dict[str, list[dict]]) -> dict:
+    """A server on the run's own GPU, else one of its node. Neighbours in the grid take turns."""
     import ray
 
     here = servers[ray.get_runtime_context().get_node_id()]
     own_gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
-    for server in here:
-        if server["gpu"] and server["gpu"] == own_gpu:
-            return server
-    return here[sum(run_id.encode()) % len(here)]
+    beside = [server for server in here if server["gpu"] and server["gpu"] == own_gpu]
+    choice = beside or here
+    return choice[place % len(choice)]
 
 
 def train(params: dict, folder: Path) -> dict | None:

@@ -9,6 +9,7 @@ import torch
 from trl import GRPOTrainer
 
 Batch = dict[str, torch.Tensor]  # TRL's: a row of each tensor is one completion
+WIDTH_STEP = 64  # widths of batches are multiples of it: a GPU prepares kernels for each new shape
 
 
 class Trainer(GRPOTrainer):
@@ -65,8 +66,8 @@ def arranged(micro_batches: list[Batch], keep_all: bool) -> list[Batch]:
     widest = whole["prompt_ids"].shape[1] + whole["completion_ids"].shape[1]
     positions = len(micro_batches[0]["advantages"]) * widest
 
-    prompt_tokens = whole["prompt_mask"].sum(1)
-    completion_tokens = whole["completion_mask"].sum(1)
+    prompt_tokens = rounded_up(whole["prompt_mask"])
+    completion_tokens = rounded_up(whole["completion_mask"])
     kept = torch.ones_like(whole["advantages"], dtype=torch.bool)
     if not keep_all:
         kept = whole["advantages"] != 0
@@ -92,6 +93,13 @@ def joined(micro_batches: list[Batch]) -> Batch:
             for name, tensor in first.items() if tensor is not None}
 
 
+def rounded_up(mask: torch.Tensor) -> torch.Tensor:
+    """Tokens of each row, rounded up to a multiple of WIDTH_STEP that is at most the width."""
+    tokens = mask.sum(1)
+    multiple = (tokens + WIDTH_STEP - 1) // WIDTH_STEP * WIDTH_STEP
+    return multiple.clamp(max=mask.shape[1])
+
+
 def sizes(lengths: list[tuple[int, int]], positions: int) -> list[int]:
     """How many completions go into each micro-batch, in this order.
 
@@ -111,15 +119,15 @@ def sizes(lengths: list[tuple[int, int]], positions: int) -> list[int]:
 
 
 def trimmed(whole: Batch, rows: torch.Tensor) -> Batch:
-    """Some rows of a batch without the columns that are padding in all of them.
+    """Some rows of a batch without columns that are padding in all of them, up to WIDTH_STEP.
 
     Prompts are padded on the left, completions and what is known of their tokens on the right.
     """
     batch = {name: tensor if tensor.ndim == 0 else tensor[rows] for name, tensor in whole.items()}
     if not len(rows):
         return batch
-    prompt = int(batch["prompt_mask"].sum(1).max())
-    completion = int(batch["completion_mask"].sum(1).max())
+    prompt = int(rounded_up(batch["prompt_mask"]).max())
+    completion = int(rounded_up(batch["completion_mask"]).max())
     for name, tensor in batch.items():
         if tensor.ndim < 2:
             continue

@@ -55,6 +55,12 @@ def trained(folder, kind, rewarded: str, **options) -> tuple[dict[str, torch.Ten
     return get_peft_model_state_dict(owner.model), rows, owner.state.log_history
 
 
+@pytest.fixture(autouse=True)
+def widths_of_single_tokens(monkeypatch):
+    """Batches here are narrower than WIDTH_STEP. As published, they would keep all their padding."""
+    monkeypatch.setattr(trainer, "WIDTH_STEP", 1)
+
+
 @pytest.mark.parametrize("options", [{}, {"num_iterations": 2}, {"beta": 0.1}, {"scale_rewards": "none"}], ids=str)
 def test_the_weights_are_those_of_trls_own_trainer(options, tmp_path):
     ours, rows, log = trained(tmp_path, trainer.Trainer, "some", **options)
@@ -95,6 +101,12 @@ def test_micro_batches_take_no_more_room_and_are_no_more_than_trls(lengths, batc
         part = longest_first[start:start + count]
         assert count * (max(p for p, _ in part) + max(c for _, c in part)) <= positions
         start += count
+
+
+def test_widths_are_multiples_that_hold_every_token(monkeypatch):
+    monkeypatch.setattr(trainer, "WIDTH_STEP", 4)
+    mask = (torch.arange(11) < torch.tensor([[1], [4], [5], [9], [11]])).long()
+    assert trainer.rounded_up(mask).tolist() == [4, 4, 8, 11, 11]
 
 
 def test_nothing_but_padding_is_cut_off():

@@ -1,9 +1,9 @@
 """The training part of a step, timed under one choice of options: `python training_step.py MODEL OUT.json OPTIONS`.
 
 OPTIONS is JSON for GRPOConfig, such as '{"per_device_train_batch_size": 32}'. It may also hold `trainer`: "trl" (as it
-is) or "arranged" (`runner.trainer`). `signal` is the share of groups whose rewards differ. Completions are made up: 128
-of random lengths around those of MATH. So no engine takes part, and what is timed is forward passes, loss, backward
-passes and the optimiser. The loss is TRL's own.
+is) or "arranged" (`runner.trainer`), with its `width_step`. `cudnn` says whether its attention may be used. `signal` is
+the share of groups whose rewards differ. Completions are made up: 128 of random lengths around those of MATH. So no
+engine takes part, and what is timed is forward passes, loss, backward passes and the optimiser. The loss is TRL's own.
 """
 
 import json
@@ -21,7 +21,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from runner.trainer import Trainer
+import runner.trainer
 
 PROMPTS, GROUP = 16, 8  # prompts of a step, and completions of each
 PROMPT_TOKENS, COMPLETION_TOKENS = (60, 300), (120, 512)  # shortest and longest
@@ -29,8 +29,10 @@ PROMPT_TOKENS, COMPLETION_TOKENS = (60, 300), (120, 512)  # shortest and longest
 folder, out, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
 steps = options.pop("max_steps", 4)
 longest = options.pop("longest", COMPLETION_TOKENS[1])
-kind = {"trl": GRPOTrainer, "arranged": Trainer}[options.pop("trainer", "trl")]
+kind = {"trl": GRPOTrainer, "arranged": runner.trainer.Trainer}[options.pop("trainer", "trl")]
 signal = options.pop("signal", 1.0)
+runner.trainer.WIDTH_STEP = options.pop("width_step", runner.trainer.WIDTH_STEP)
+torch.backends.cuda.enable_cudnn_sdp(options.pop("cudnn", True))
 on_gpu = torch.cuda.is_available()
 tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
 if tokenizer.pad_token is None:
