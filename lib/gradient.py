@@ -23,30 +23,54 @@ Estimator = Callable[[np.ndarray], np.ndarray]
 
 # --- scores: one forward and one backward pass ----------------------------------------------------
 
+class Directions(NamedTuple):
+    """Random directions u v' of one layer's weight: (outputs, directions), (inputs, directions)."""
+
+    of_outputs: torch.Tensor
+    of_inputs: torch.Tensor
+
+
 
 def score_vectors(model, input_ids, attention_mask, completion_mask, *, temperature: float = 1.0,
-                  directions: int = 0, seed: int = 0, batch_size: int = 128) -> torch.Tensor:
+                  directions: int | list[Directions] = 0, seed: int = 0,
+                  batch_size: int = 128) -> torch.Tensor:
     """Gradients of log pi(o_j) over the trained parameters, one row a completion: (n, parameters).
 
     input_ids, attention_mask, completion_mask: (n, length); the last marks the tokens of the
     completion. Logits are divided by `temperature`, as TRL does. With `directions` > 0 each row is
     projected onto that many random directions, which keeps scalar products on average; whole rows
-    are then never formed. Raises ValueError if anything but weights of linear layers is trained.
+    are then never formed. Who calls this more than once draws them once (`random_directions`).
+    Raises ValueError if anything but weights of linear layers is trained.
     """
     layers = _trained_layers(model)
-    width = directions or sum(layer.weight.numel() for layer in layers)
+    if isinstance(directions, int) and directions:
+        directions = random_directions(model, directions, seed)
+    width = sum(layer.weight.numel() for layer in layers)
+    if directions:
+        width = directions[0].of_outputs.shape[1]
     scores = torch.empty(len(input_ids), width)
     for start in range(0, len(input_ids), batch_size):
         part = slice(start, start + batch_size)
         batch = (input_ids[part], attention_mask[part], completion_mask[part])
         recorded = _record(model, layers, batch, temperature)
         if directions:
-            generator = torch.Generator().manual_seed(seed)  # the same directions for every batch
-            scores[part] = sum(_projected(x, d, directions, generator) for x, d in recorded)
+            scores[part] = sum(_projected(*layer, drawn)
+                               for layer, drawn in zip(recorded, directions, strict=True))
         else:
             exact = [torch.einsum("nto,nti->noi", d, x).flatten(1) for x, d in recorded]
             scores[part] = torch.cat(exact, dim=1)
     return scores
+
+
+def random_directions(model, count: int, seed: int = 0) -> list[Directions]:
+    """Random directions for each trained layer. They take count * (inputs + outputs) numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = []
+    for layer in _trained_layers(model):
+        of_outputs = torch.randn(layer.out_features, count, generator=generator)
+        of_inputs = torch.randn(layer.in_features, count, generator=generator)
+        drawn.append(Directions(of_outputs.to(model.device), of_inputs.to(model.device)))
+    return drawn
 
 
 def _trained_layers(model) -> list[torch.nn.Linear]:
@@ -84,11 +108,10 @@ def _record(model, layers, batch, temperature) -> list[tuple[torch.Tensor, torch
     return [(inputs[layer].float(), outputs[layer].grad.float()) for layer in layers]
 
 
-def _projected(x, d, directions: int, generator) -> torch.Tensor:
+def _projected(x, d, drawn: Directions) -> torch.Tensor:
     """Scalar products of each completion's gradient with random matrices u v', (n, directions)."""
-    u = torch.randn(d.shape[-1], directions, generator=generator).to(d)
-    v = torch.randn(x.shape[-1], directions, generator=generator).to(x)
-    return ((d @ u) * (x @ v)).sum(1) / directions**0.5
+    u, v = drawn
+    return ((d @ u) * (x @ v)).sum(1) / u.shape[1]**0.5
 
 
 def log_probabilities(model, input_ids, attention_mask, completion_mask, *, temperature=1.0):

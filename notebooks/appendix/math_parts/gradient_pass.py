@@ -60,6 +60,7 @@ def adapted(model, params, adapter: str | None):
 def scores_of(model, pairs: list[tuple[list[int], list[int]]], temperature: float, directions: int, at_once: int = 8):
     """Scores of (prompt, completion) pairs, (n, directions); pairs of like length are computed together."""
     order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))
+    drawn = gradient.random_directions(model, directions) if directions else 0
     found = {}
     for start in range(0, len(order), at_once):
         rows = order[start:start + at_once]
@@ -72,7 +73,7 @@ def scores_of(model, pairs: list[tuple[list[int], list[int]]], temperature: floa
         half = torch.autocast("cuda", torch.bfloat16) if model.device.type == "cuda" else nullcontext()
         with half:
             part = gradient.score_vectors(model, ids, attended, written, temperature=temperature,
-                                          directions=directions, batch_size=at_once)
+                                          directions=drawn, batch_size=at_once)
         found |= dict(zip(rows, part.numpy(), strict=True))
     return np.stack([found[i] for i in range(len(pairs))])
 
@@ -119,6 +120,7 @@ def arms_of(profile: str) -> dict[str, parameters.Params]:
 
 def main(profile: str, out: Path, prompts: int = 512, directions: int = 2048, adapter: str | None = None, **given):
     """Sample, grade, score, and write the table."""
+    torch.backends.cuda.matmul.allow_tf32 = True  # projections need no more digits
     params = parameters.resolve(profile, use_selected=True, **{"engine": "server", **given})
     model, tokenizer = policies.load_policy(params, "transformers")
     rows, _ = policies.as_prompts(dataset.load_split(params.data_dir, "train"), params, tokenizer)
