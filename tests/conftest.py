@@ -13,6 +13,7 @@ import psutil
 import pytest
 from filelock import FileLock
 from hypothesis import settings
+from nbclient import NotebookClient
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
@@ -36,38 +37,53 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: places.get(item.path.name, len(FIRST)))
 
 
+def outside_of_tests(work):
+    """The environment of a process in the workspace `work`. A kernel that knew of a test would behave otherwise."""
+    return {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"} | {"GRPO_NOISE_WORK": str(work)}
+
+
 def papermill(work, notebook, out, check=True, **parameters):
     """Execute a notebook of the project with papermill's own command line, in the workspace `work`."""
     given = [x for name, value in parameters.items() for x in ("-p", name, str(value))]
-    return _papermill(work, f"notebooks/{notebook}.ipynb", out, given, check)
-
-
-def _papermill(work, notebook, out, given=(), check=True):
-    command = [sys.executable, "-m", "papermill", str(notebook), str(out), "--no-progress-bar", *given]
-    env = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}  # a kernel would behave otherwise for it
-    done = subprocess.run(command, cwd=ROOT, env=env | {"GRPO_NOISE_WORK": str(work)}, capture_output=True, text=True)
+    command = [sys.executable, "-m", "papermill", f"notebooks/{notebook}.ipynb", str(out), "--no-progress-bar", *given]
+    done = subprocess.run(command, cwd=ROOT, env=outside_of_tests(work), capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
 
-def train_in_one_kernel(work, out, *runs):
-    """Execute 02_train with each of these parameters, one after the other; returns what each of them shows, as JSON.
+class Kernel:
+    """A kernel in a workspace that executes notebooks one after the other, and imports torch and TRL once.
 
-    That is as good as a kernel each: a run seeds everything that it draws from, and Python's imports are made once.
+    That is as good as a kernel each: names are forgotten before each notebook, and a run seeds everything that it
+    draws from. Where a process of its own is the point, use `papermill`.
     """
-    copies = [load_notebook_node(str(ROOT / "notebooks/02_train.ipynb")) for _ in runs]
-    blocks = [parameterize_notebook(notebook, given).cells for notebook, given in zip(copies, runs, strict=True)]
-    for number, block in enumerate(blocks):
-        for cell in block:
-            cell.id = f"{cell.id}-{number}"  # no two cells of a notebook have the same
-    source = out.with_suffix(".source.ipynb")
-    nbformat.write(nbformat.v4.new_notebook(cells=sum(blocks, []), metadata=copies[0].metadata), source)
-    _papermill(work, source, out)
-    executed = nbformat.read(out, 4).cells
-    for cell in executed:
-        cell.id = cell.id.rpartition("-")[0]
-    parts = [[executed.pop(0) for _ in block] for block in blocks]
-    return [nbformat.writes(nbformat.v4.new_notebook(cells=part)) for part in parts]
+
+    def __init__(self, work):
+        self.work = work
+        self.client = NotebookClient(nbformat.v4.new_notebook(), kernel_name="python3", timeout=None)
+
+    def execute(self, notebook, out, environment=None, **parameters):
+        """Execute a notebook of the project, write it to `out`, and return it as JSON.
+
+        environment: variables that the kernel has from now on.
+        """
+        source = load_notebook_node(str(ROOT / f"notebooks/{notebook}.ipynb"))
+        executed = parameterize_notebook(source, parameters)
+        begin = f"get_ipython().reset()\nimport os; os.environ.update({environment or {}})"
+        executed.cells.insert(0, nbformat.v4.new_code_cell(begin))
+        self.client.nb = executed
+        try:
+            self.client.execute(cleanup_kc=False, cwd=str(ROOT), env=outside_of_tests(self.work))
+        finally:
+            del executed.cells[0]
+            nbformat.write(executed, out)
+        return nbformat.writes(executed)
+
+    def stop(self):
+        """End the process, if there is one."""
+        if self.client.km is not None:
+            self.client.nb = nbformat.v4.new_notebook()
+            self.client.execute()  # which cleans up unless it is told not to
 
 
 def processes(work):
@@ -82,22 +98,25 @@ def processes(work):
     return found
 
 
-def build_workspace(work):
-    """Make small arithmetic data and a base policy of a few training steps."""
-    papermill(work, "01_data", work / "01.ipynb", source="arithmetic", n_train=900, n_test=60)
-    papermill(work, "01b_warm_start", work / "01b.ipynb", right_steps=150, careless_steps=20, samples=2)
+def build_workspace(kernel):
+    """Make small arithmetic data and a base policy of a few training steps.
+
+    Batches of 16 instead of 128 leave it as good, and each third problem has right and wrong answers.
+    """
+    kernel.execute("01_data", kernel.work / "01.ipynb", source="arithmetic", n_train=900, n_test=60)
+    kernel.execute("01b_warm_start", kernel.work / "01b.ipynb", right_steps=150, careless_steps=20, batch_size=16,
+                   samples=2)
 
 
-def built_once(tmp_path_factory, worker_id, name, build):
-    """A folder that `build(folder)` fills: of several workers of pytest the first, and each gets a copy of its own."""
-    own = tmp_path_factory.mktemp(name)
+def built_once(own, tmp_path_factory, worker_id, build):
+    """Fill the folder `own`: of several workers of pytest the first calls `build()`, and the others copy."""
     if worker_id == "master":  # there is one process only
-        build(own)
+        build()
         return own
-    common = tmp_path_factory.getbasetemp().parent / name
+    common = tmp_path_factory.getbasetemp().parent / own.name
     with FileLock(f"{common}.lock"):
         if not common.exists():
-            build(own)
+            build()
             shutil.copytree(own, common.with_suffix(".part"), dirs_exist_ok=True)
             common.with_suffix(".part").rename(common)
             return own
@@ -105,20 +124,30 @@ def built_once(tmp_path_factory, worker_id, name, build):
 
 
 @pytest.fixture(scope="session")
-def workspace(tmp_path_factory, worker_id):
-    """A folder with data and a base policy, used by all end-to-end tests."""
-    return built_once(tmp_path_factory, worker_id, "workspace", build_workspace)
+def kernel(tmp_path_factory):
+    """The kernel of the workspace; it starts with the first notebook."""
+    started = Kernel(tmp_path_factory.mktemp("workspace"))
+    yield started
+    started.stop()
 
 
 @pytest.fixture(scope="session")
-def ten_steps(workspace, tmp_path_factory, worker_id):
+def workspace(kernel, tmp_path_factory, worker_id):
+    """A folder with data and a base policy, used by all end-to-end tests."""
+    return built_once(kernel.work, tmp_path_factory, worker_id, lambda: build_workspace(kernel))
+
+
+@pytest.fixture(scope="session")
+def ten_steps(kernel, workspace, tmp_path_factory, worker_id):
     """The folder of a finished run of TEN_STEPS that was left alone, outside of the store.
 
     It has checkpoints at steps 8 and 10. Nobody changes it: break a copy.
     """
-    def train(folder):
-        papermill(workspace, "02_train", folder / "notebook.ipynb", output_dir="apart", **TEN_STEPS)
+    folder = tmp_path_factory.mktemp("ten-steps")
+
+    def train():
+        kernel.execute("02_train", folder / "notebook.ipynb", output_dir="apart", **TEN_STEPS)
         shutil.move(workspace / "apart/runs", folder / "runs")
 
-    (run,) = (built_once(tmp_path_factory, worker_id, "ten-steps", train) / "runs").iterdir()
+    (run,) = (built_once(folder, tmp_path_factory, worker_id, train) / "runs").iterdir()
     return run

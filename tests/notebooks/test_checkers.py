@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import train_in_one_kernel
 
 from lib import noise, rewards
 from runner import dataset, parameters, rewardlog, runs
@@ -30,11 +29,10 @@ def mixed(workspace):
 
 
 @pytest.fixture(scope="module")
-def shown(workspace, mixed):
+def shown(kernel, workspace, mixed):
     """The executed notebook of each run, as JSON."""
-    settings = [given | FEW | {"data_dir": str(mixed)} for given in (INTEGER, CUE, BY_DIFFICULTY)]
-    texts = train_in_one_kernel(workspace, workspace / "checkers.ipynb", *settings)
-    return dict(zip(map(str, (INTEGER, CUE, BY_DIFFICULTY)), texts, strict=True))
+    return {str(given): kernel.execute("02_train", workspace / "checkers.ipynb", **given, **FEW, data_dir=str(mixed))
+            for given in (INTEGER, CUE, BY_DIFFICULTY)}
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-from conftest import TEN_STEPS, papermill, train_in_one_kernel
+from conftest import TEN_STEPS, papermill
 from safetensors.numpy import load_file
 
 from runner import ROOT, checkpoints, files, parameters, rewardlog, runs, studies
@@ -232,7 +232,7 @@ def without_its_end(whole, folder):
 
 
 @pytest.fixture(scope="module")
-def gone_on(workspace, ten_steps):
+def gone_on(kernel, workspace, ten_steps):
     """The same run, killed and broken in three ways and then executed again, and one run with another mitigation.
 
     Returns their folders, what the notebook shows of each, and what was there before.
@@ -245,7 +245,7 @@ def gone_on(workspace, ten_steps):
     before = {"checkpoint": checkpoints.step_of(whole[0]), "done": finished_at([shown_again])}
     settings = [TEN_STEPS | {"output_dir": f"outputs/{way}"} for way in ("killed", "last", "whole")]
     corrected = SIX_STEPS | dict(label_flip_rate=0.25, mitigation="backward", output_dir="outputs/theorem")
-    shown = train_in_one_kernel(workspace, workspace / "gone-on.ipynb", *settings, corrected)
+    shown = [kernel.execute("02_train", workspace / "gone-on.ipynb", **given) for given in (*settings, corrected)]
     (found["corrected"],) = (workspace / "outputs/theorem/runs").iterdir()
     return found, dict(zip(found, shown, strict=True)), before
 

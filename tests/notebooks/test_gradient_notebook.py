@@ -5,18 +5,17 @@ import re
 import nbformat
 import pandas as pd
 import pytest
-from conftest import papermill
 
 from lib import report
 from runner import ROOT
 
 
 @pytest.fixture(scope="module")
-def executed(workspace, tmp_path_factory):
+def executed(kernel, workspace, tmp_path_factory):
     """The notebook on few problems, with the workspace's base policy: it is right often enough to have a gradient."""
     out = tmp_path_factory.mktemp("gradient") / "gradient.ipynb"
-    papermill(workspace, "appendix/gradient", out, base_seeds="0", prompts=64, resamples=10, draws=10,
-              temperatures="1.0", train_steps=2, projected=4)
+    kernel.execute("appendix/gradient", out, base_seeds="0", prompts=64, resamples=10, draws=10,
+                   temperatures="1.0", train_steps=2, projected=4)
     return nbformat.read(out, 4)
 
 

@@ -5,7 +5,6 @@ Which rewards are withheld does not depend on the policy, so neither do these te
 
 import pandas as pd
 import pytest
-from conftest import train_in_one_kernel
 
 from runner import parameters, rewardlog, runs
 
@@ -15,9 +14,9 @@ NONE = dict(abstain_rate=1.0, max_steps=1, eval_interval=0)
 
 
 @pytest.fixture(scope="module")
-def shown(workspace):
+def shown(kernel, workspace):
     """What the notebook shows of each run."""
-    return train_in_one_kernel(workspace, workspace / "withheld.ipynb", FEW, ONE_A_GROUP, NONE)
+    return [kernel.execute("02_train", workspace / "withheld.ipynb", **run) for run in (FEW, ONE_A_GROUP, NONE)]
 
 
 @pytest.fixture(params=[FEW, ONE_A_GROUP, NONE], ids=["few", "one a group", "none"])

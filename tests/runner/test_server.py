@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from conftest import papermill, processes
+from conftest import processes
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
@@ -278,7 +278,7 @@ def servers_in(work):
     return [p for p in processes(work) if "stand_in_server" in " ".join(p.cmdline())]
 
 
-def test_a_study_on_one_server_from_the_command_to_the_table(workspace, tmp_path):
+def test_a_study_on_one_server_from_the_command_to_the_table(kernel, workspace, tmp_path):
     """Two runs share a server, ask it for the same draws as a run alone does, and are evaluated through one."""
     study = workspace / "served.yaml"
     study.write_text(STUDY)
@@ -298,12 +298,9 @@ def test_a_study_on_one_server_from_the_command_to_the_table(workspace, tmp_path
         assert metrics["engine/logprob_difference_max"].max() < 1e-3
         assert metrics["engine/moved_from_base"].iloc[-1] > 0
 
-    with pytest.MonkeyPatch.context() as patched:
-        for name, value in STAND_IN.items():
-            patched.setenv(name, value)
-        papermill(workspace, "03_eval", tmp_path / "03_eval.ipynb", study=study)
-        papermill(workspace, "02_train", tmp_path / "alone.ipynb", engine="server", max_steps=3, save_steps=3,
-                  eval_interval=0, per_device_train_batch_size=32, output_dir="outputs/alone")
+    kernel.execute("03_eval", tmp_path / "03_eval.ipynb", STAND_IN, study=str(study))
+    kernel.execute("02_train", tmp_path / "alone.ipynb", STAND_IN, engine="server", max_steps=3, save_steps=3,
+                   eval_interval=0, per_device_train_batch_size=32, output_dir="outputs/alone")
     assert not servers_in(workspace)
     assert pd.read_parquet(workspace / "outputs/served/eval.parquet").run_id.nunique() == 3  # the base policy, too
     clean = next(run for run in in_company if run.name.startswith("clean"))
