@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from runner import WORK, hub
+from runner import BUILT_HERE, WORK, hub
 from runner.files import sha256
 
 MODELS = WORK / "models"
@@ -32,6 +32,20 @@ class ModelFile(NamedTuple):
 
     name: str
     sha256: str | None
+
+
+def policy_source(params) -> str:
+    """Folder or hub id of a run's base policy; a GGUF file is converted first.
+
+    `runs.check_inputs` says what is missing.
+    """
+    if params.model in BUILT_HERE:
+        return str(MODELS / f"{params.model}-s{params.base_seed}")
+    gguf = as_gguf(params.model)
+    if gguf:
+        return str(gguf_folder(gguf))
+    local = Path(params.model).expanduser()
+    return str(local) if local.is_dir() else params.model
 
 
 def as_gguf(model: str) -> ModelFile | None:

@@ -24,8 +24,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from runner import BUILT_HERE, engines, hub, model_files
-from runner.model_files import MODELS, as_gguf, check_folder, gguf_folder
+from runner import engines, hub, model_files
+from runner.model_files import check_folder, policy_source
 
 BOX = "\\boxed{"
 TINY_VOCAB = ["<pad>", "<eos>", "<unk>", BOX, "}", *"0123456789", "+", "-", "=", "?"]
@@ -60,20 +60,6 @@ def tiny_model(seed: int, hidden_size: int = 96, num_layers: int = 2) -> Qwen2Fo
 
 
 # --- loading --------------------------------------------------------------------------------------
-
-
-def policy_source(params) -> str:
-    """Folder or hub id of a run's base policy; a GGUF file is converted first.
-
-    `runs.check_inputs` says what is missing, before torch is loaded.
-    """
-    if params.model in BUILT_HERE:
-        return str(MODELS / f"{params.model}-s{params.base_seed}")
-    gguf = as_gguf(params.model)
-    if gguf:
-        return str(gguf_folder(gguf))
-    local = Path(params.model).expanduser()
-    return str(local) if local.is_dir() else params.model
 
 
 def origin(params) -> dict[str, str]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from runner import engines
+from runner import engines, model_files
 from runner.parameters import Params
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds and which a server does not need
@@ -56,9 +56,7 @@ class Serving:
         completions: written at the same time; by default one batch of each of those runs.
         ValueError if the runs have more than one base policy: a server has one.
         """
-        from runner import policies  # torch
-
-        sources = sorted({policies.policy_source(params) for params in grid})
+        sources = sorted({model_files.policy_source(params) for params in grid})
         if len(sources) > 1:
             raise ValueError(f"a rollout server has one base policy, and these runs have "
                              f"{len(sources)} ({', '.join(sources)}): make a study of each")

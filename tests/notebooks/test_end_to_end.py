@@ -41,9 +41,12 @@ def command(work, module, *args, **kwargs):
 
 @pytest.fixture(scope="module")
 def failing(workspace):
-    """Two runs, of which one fails: its prompts are all too long. The other is also one of the study's."""
-    fails = STUDY.replace("  - {}\n", "").replace("label_flip_rate: 0.25", "max_prompt_length: 1")
+    """Two runs, of which one fails: its folder holds a link. The other is also one of the study's."""
+    fails = STUDY.replace("  - {}\n", "").replace("label_flip_rate: 0.25", "label_flip_rate: 0.5")
     (workspace / "fail.yaml").write_text(fails)
+    refused, _ = folders(workspace, "fail")
+    refused.mkdir(parents=True)
+    (refused / "elsewhere").symlink_to(workspace)
     return command(workspace, "runner", workspace / "fail.yaml", "--runs-only")
 
 
@@ -183,7 +186,7 @@ def test_a_study_is_packed_without_weights_and_goes_on_elsewhere(study, tmp_path
 def test_a_failing_run_is_reported_and_does_not_stop_the_others(workspace, failing):
     assert failing.returncode == 1
     failed, unrewarded = folders(workspace, "fail")
-    assert f"FAILED {failed.name}" in failing.stderr and "max_prompt_length=1" in failing.stderr
+    assert f"FAILED {failed.name}" in failing.stderr and "holds a symbolic link (elsewhere)" in failing.stderr
     assert runs.status(failed) == "failed"
     assert runs.status(unrewarded) == "done"  # which is a result, not a failure
     assert "nothing to learn from" in (unrewarded / "notebook.ipynb").read_text()

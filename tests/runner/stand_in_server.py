@@ -3,31 +3,40 @@
     python -m stand_in_server --model FOLDER --port N ...      (the options of vLLM's server)
 
 It samples for real, from the base model or from an adapter, so a run can be trained against it.
-What vLLM itself does is tested by `make test-vllm`.
+What vLLM itself does is tested by `make test-vllm`. It answers at once, and loads torch and the model when they are
+first asked for: a server that is only started and killed needs neither.
 """
 
 import argparse
 import json
 import os
 import threading
+from contextlib import nullcontext
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 
 class Models:
     """The base model and its adapters; one request at a time."""
 
     def __init__(self, folder: str):
-        torch.set_num_threads(1)
-        self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        self.folder = folder
         self.adapters: dict[str, str] = {}  # name of an adapter -> what peft calls it, without dots
         self.loaded = 0
         self.lock = threading.Lock()
 
+    @cached_property
+    def model(self):
+        """The base model; from the first adapter on, a model of peft."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(1)
+        return AutoModelForCausalLM.from_pretrained(self.folder).eval()
+
     def load(self, name: str, folder: str):
+        from peft import PeftModel
+
         self.loaded += 1
         self.adapters[name] = own = f"adapter{self.loaded}"
         if isinstance(self.model, PeftModel):
@@ -43,22 +52,22 @@ class Models:
 
     def as_named(self, name: str):
         """A context in which the model is the base, or has this adapter."""
-        if name == "base":
-            if isinstance(self.model, PeftModel):
-                return self.model.disable_adapter()
-            return torch.no_grad()
-        self.model.set_adapter(self.adapters[name])
-        return torch.no_grad()
+        if name != "base":
+            self.model.set_adapter(self.adapters[name])
+        elif self.loaded:
+            return self.model.disable_adapter()
+        return nullcontext()
 
-    @torch.no_grad()
     def complete(self, name, prompt, max_tokens, n=1, seed=0, temperature=1.0, stop_token_ids=(),
                  **_) -> list[dict]:
+        import torch
+
         ids = torch.tensor([prompt] * n)
         torch.manual_seed(seed)
         how = {"do_sample": True, "top_k": 0, "temperature": temperature}
         if temperature == 0:
             how, temperature = {"do_sample": False}, 1.0
-        with self.as_named(name):
+        with torch.no_grad(), self.as_named(name):
             out = self.model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens,
                 pad_token_id=0, eos_token_id=list(stop_token_ids), output_logits=True,
@@ -73,9 +82,10 @@ class Models:
             choices.append({"index": i, "token_ids": tokens, "logprobs": {"content": content}})
         return choices
 
-    @torch.no_grad()
     def score(self, name, prompt) -> list:
-        with self.as_named(name):
+        import torch
+
+        with torch.no_grad(), self.as_named(name):
             logprobs = self.model(torch.tensor([prompt])).logits[0].log_softmax(-1)
         return [None] + [{str(token): {"logprob": logprobs[i, token].item()}}
                          for i, token in enumerate(prompt[1:])]
