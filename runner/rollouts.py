@@ -203,7 +203,7 @@ class Rollouts:
         """Save the adapter as it is now, in memory, and load it under the name of this step."""
         memory = Path("/dev/shm")
         folder = Path(tempfile.mkdtemp(prefix="adapter-", dir=memory if memory.is_dir() else None))
-        policy.save_pretrained(folder)
+        policy.save_pretrained(folder, state_dict=as_served(policy))
         if self.loaded:
             self.client.unload(self.loaded)
         try:
@@ -294,6 +294,17 @@ def own_logprobs(trainer, policy, prompt: list[int], completions: list[list[int]
         chosen = torch.tensor(tokens, device=policy.device)
         found.append(logprobs.gather(1, chosen[:, None])[:, 0].tolist())
     return found
+
+
+def as_served(policy) -> dict[str, torch.Tensor]:
+    """The adapter's weights in the precision in which the server computes: bf16 on a GPU.
+
+    The server loads an adapter between two tokens of all runs, and so should have little to do.
+    """
+    weights = {name: weight for name, weight in policy.state_dict().items() if "lora_" in name}
+    if policy.device.type == "cuda":
+        weights = {name: weight.to(torch.bfloat16) for name, weight in weights.items()}
+    return weights
 
 
 def largest_of_b(policy) -> float:

@@ -107,7 +107,7 @@ class Server:
             "--tokens-only",  # token ids in and out: nothing is spent on text
             "--generation-config", "vllm",  # not the model's own temperature and penalties
             "--logprobs-mode", "processed_logprobs",  # at the run's temperature, as the trainer's
-            "--disable-uvicorn-access-log"]
+            "--disable-uvicorn-access-log", "--disable-log-stats"]
         if engines.vllm_on_cpu():  # fp32 as everywhere on a CPU; nothing is compiled
             return [*options, "--dtype", "float32", "--enforce-eager"]
         found = engines.gpu_query("memory.total")

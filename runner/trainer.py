@@ -22,6 +22,12 @@ class Trainer(GRPOTrainer):
 
     _arranged: list[Batch] | None = None
 
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        # Batches differ in shape, and cuDNN's attention prepares each new one. Measured on an H200:
+        # a quarter of the training part (notebooks/appendix/throughput.ipynb).
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
     def _prepare_inputs(self, generation_batch):
         inputs = super()._prepare_inputs(generation_batch)
         if not self.model.training or self.loss_type != "dapo":

@@ -46,8 +46,28 @@ def table(tmp_path_factory):
         "same mask": {"mask_rate_by_difficulty": "0.6,0.6"}, "other mask": {"mask_rate_by_difficulty": "0.6,0.0"},
         "flawed": {"reward": "integer"}}.items()}
     out = tmp_path_factory.mktemp("gradient") / "table.csv"
-    gradient_pass.write_table(out, arms, scores, t, t, 1 + np.arange(200) % 2, t.sum(1))
+    gradient_pass.write_table(out, arms, {"integer": t}, scores, t, 1 + np.arange(200) % 2, t.sum(1))
     return pd.read_csv(out).set_index(["arm", "part"])
+
+
+def test_a_group_whose_scores_are_no_numbers_is_left_out_and_counted(capsys):
+    scores = np.zeros((3, 2, 4))
+    scores[1, 0, 2] = np.nan
+    assert gradient_pass.finite_groups(scores).tolist() == [True, False, True]
+    assert "1 of 3 groups" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no group has finite scores"):
+        gradient_pass.finite_groups(scores[1:2])
+
+
+def test_the_table_of_groups_counts_completions_by_problem(tmp_path):
+    texts = [r"Thus, the \boxed{1}", "cut off", r"Thus, the \boxed{2}", r"\boxed{1}"]
+    params = parameters.resolve("tiny", max_completion_length=5)
+    problems = {"level": ["Level 2", "Level 5"]}
+    tokens = [[[1] * 4, [1] * 5], [[1] * 3, [1] * 3]]
+    gradient_pass.write_groups(tmp_path / "g.csv", problems, tokens, texts, np.array([[1, 0], [0, 1]]), params)
+    rows = pd.read_csv(tmp_path / "g.csv").to_dict("list")
+    assert rows == {"difficulty": [2, 5], "right": [1, 1], "of": [2, 2], "boxed": [1, 2], "cut": [1, 0], "cue": [1, 1],
+                    "cue_in_wrong": [0, 1]}
 
 
 def test_noise_lowers_the_cosine_and_shortens_the_gradient(table):

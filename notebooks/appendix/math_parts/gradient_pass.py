@@ -1,5 +1,8 @@
 """The gradient of one policy on MATH under every arm: `python gradient_pass.py PROFILE OUT.csv OPTIONS`.
 
+It also writes `groups-PROFILE.csv` beside it: for each problem its difficulty, and how many of its completions are
+right, have a box, were cut off and hold the cue. What rival theories predict is computed from that table.
+
 OPTIONS is JSON: `prompts`, `directions` onto which scores are projected (0: none), `adapter` (a folder; without it the
 base policy with a fresh adapter), and any parameter of a run. The completions come from a rollout server, one group a
 problem. One forward and one backward pass give their scores, from which every arm follows in closed form
@@ -10,7 +13,6 @@ are short or long. Intervals are over problems.
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +21,14 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from lib import gradient, rewards, theory
-from lib.answers import Verifier
+from lib.answers import Verifier, last_boxed
 from lib.noise import Channel
 from runner import dataset, parameters, policies, server, studies
 from runner.engines import BASE
 from runner.rollouts import request_seed
 
-STUDIES = ("math-pairs", "math-natural", "math-curve")
+STUDIES = ("math-pairs", "math-natural", "math-curve", "math-exploit")
+CUE = studies.load_study("math-exploit", "qwen2.5-coder-1.5b")[1][-1].cue
 GROUPS_A_STEP, RESAMPLES = 16, 400
 
 
@@ -70,12 +73,20 @@ def scores_of(model, pairs: list[tuple[list[int], list[int]]], temperature: floa
             prompt, completion = pairs[i]
             whole = torch.tensor(prompt + completion, device=model.device)
             ids[row, :len(whole)], attended[row, :len(whole)], written[row, len(prompt):len(whole)] = whole, 1, 1
-        half = torch.autocast("cuda", torch.bfloat16) if model.device.type == "cuda" else nullcontext()
-        with half:
-            part = gradient.score_vectors(model, ids, attended, written, temperature=temperature,
-                                          directions=drawn, batch_size=at_once)
+        part = gradient.score_vectors(model, ids, attended, written, temperature=temperature, directions=drawn,
+                                      batch_size=at_once)
         found |= dict(zip(rows, part.numpy(), strict=True))
     return np.stack([found[i] for i in range(len(pairs))])
+
+
+def finite_groups(scores: np.ndarray) -> np.ndarray:
+    """Which groups (M,) have finite scores. One that has not would spoil every product; how many is printed."""
+    kept = np.isfinite(scores).all((1, 2))
+    if not kept.all():
+        print(f"{(~kept).sum()} of {len(kept)} groups have scores that are no numbers, and are left out")
+    if not kept.any():
+        raise ValueError("no group has finite scores: is the policy whole?")
+    return kept
 
 
 def under_channel(groups: gradient.Groups, chan: Channel, difficulty: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -114,13 +125,13 @@ def arms_of(profile: str) -> dict[str, parameters.Params]:
     arms = {}
     for name in STUDIES:
         study, grid = studies.load_study(name, profile)
-        arms |= {study.arm_and_reference(p)[0]: p for p in grid if p.reward in ("accuracy", "integer")}
+        arms |= {study.arm_and_reference(p)[0]: p for p in grid}
     return arms
 
 
 def main(profile: str, out: Path, prompts: int = 512, directions: int = 2048, adapter: str | None = None, **given):
     """Sample, grade, score, and write the table."""
-    torch.backends.cuda.matmul.allow_tf32 = True  # projections need no more digits
+    torch.backends.cuda.matmul.allow_tf32 = True  # fp32 in three times the speed; scores need no more digits
     params = parameters.resolve(profile, use_selected=True, **{"engine": "server", **given})
     model, tokenizer = policies.load_policy(params, "transformers")
     rows, _ = policies.as_prompts(dataset.load_split(params.data_dir, "train"), params, tokenizer)
@@ -128,6 +139,7 @@ def main(profile: str, out: Path, prompts: int = 512, directions: int = 2048, ad
     chosen = np.random.default_rng(1).permutation(np.flatnonzero(difficulty))[:prompts]
     problems, difficulty = rows.select(chosen), difficulty[chosen]
 
+    model = model.float()
     completions = answers(params, tokenizer, problems, model.generation_config.eos_token_id, adapter)
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for group in completions for ids in group]
     golds = np.repeat(problems["answer"], params.num_generations).tolist()
@@ -136,17 +148,35 @@ def main(profile: str, out: Path, prompts: int = 512, directions: int = 2048, ad
     verifier.close()
     shape = len(problems), params.num_generations
     t = rewards.verdicts(grades, golds).reshape(shape)
-    integer = rewards.verdicts(grades, golds, "integer", golds=golds).reshape(shape)
+    how = {"golds": golds, "texts": texts, "cue": CUE}
+    flawed = {source: rewards.verdicts(grades, golds, source, **how).reshape(shape)
+              for source in ("integer", "cue", "format")}
     length = np.reshape([len(ids) for group in completions for ids in group], shape).mean(1)
 
     starts = [tokenizer(prompt)["input_ids"] for prompt in problems["prompt"]]
     pairs = [(start, ids) for start, group in zip(starts, completions, strict=True) for ids in group]
     scores = scores_of(adapted(model, params, adapter), pairs, params.temperature, directions).reshape(*shape, -1)
-    write_table(out, arms_of(profile), scores, t, integer, difficulty, length)
+    write_groups(out.with_name(f"groups-{profile}.csv"), problems, completions, texts, t, params)
+    kept = finite_groups(scores)
+    flawed = {source: accepted[kept] for source, accepted in flawed.items()}
+    write_table(out, arms_of(profile), flawed, *(x[kept] for x in (scores, t, difficulty, length)))
 
 
-def write_table(out: Path, arms, scores, t, integer, difficulty, length):
-    """A row for each arm and each part of the problems."""
+def write_groups(out: Path, problems, completions, texts: list[str], t: np.ndarray, params):
+    """A row for each problem: how many of its completions are right, boxed, cut off, and hold the cue."""
+    lengths = np.reshape([len(ids) for group in completions for ids in group], t.shape)
+    cut = lengths >= params.max_completion_length
+    boxed = np.reshape([last_boxed(text) is not None for text in texts], t.shape)
+    cue = np.reshape([CUE in text for text in texts], t.shape)
+    table = pd.DataFrame({"difficulty": rewards.difficulties(problems["level"]), "right": t.sum(1).astype(int),
+                          "of": t.shape[1], "boxed": boxed.sum(1), "cut": cut.sum(1), "cue": cue.sum(1),
+                          "cue_in_wrong": (cue & (t == 0)).sum(1)})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(out, index=False)
+
+
+def write_table(out: Path, arms, flawed, scores, t, difficulty, length):
+    """A row for each arm and each part of the problems. flawed: what each flawed checker accepts, (M, G)."""
     groups = gradient.groups(scores, t)
     reference = gradient.mean_gradients(groups, gradient.given_right(Channel(), groups.G))
     parts = {"all": np.ones(len(t)), "short answers": 1.0 * (length <= np.median(length)),
@@ -155,8 +185,10 @@ def write_table(out: Path, arms, scores, t, integer, difficulty, length):
     draws = np.random.default_rng(0).multinomial(len(t), np.full(len(t), 1 / len(t)), RESAMPLES)
     table = []
     for arm, params in arms.items():
-        flawed = params.reward == "integer"
-        found = under_rewards(scores, integer) if flawed else under_channel(groups, params.channel, difficulty)
+        if params.reward in flawed:
+            found = under_rewards(scores, flawed[params.reward])
+        else:
+            found = under_channel(groups, params.channel, difficulty)
         table += [{"arm": arm, "part": part} | row(*found, reference, chosen, draws) for part, chosen in parts.items()]
     out.parent.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(table).assign(right=t.mean(), mixed=((t.sum(1) > 0) & (t.sum(1) < t.shape[1])).mean()).to_csv(
