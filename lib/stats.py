@@ -28,6 +28,7 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, special, stats
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
 
 SMALLEST_P = 1e-12
 
@@ -160,7 +161,7 @@ def half_width(parts: Parts, confidence: float = 0.95) -> float:
     if parts.seeds < 2:
         return np.nan
     degrees = [parts.seeds - 1, parts.questions - 1]
-    t_seed, t_question = stats.t.ppf((1 + confidence) / 2, degrees)
+    t_seed, t_question = special.stdtrit(degrees, (1 + confidence) / 2)  # of Student's t
     from_seeds = max(t_seed**2 * parts.seed, t_question**2 * parts.rest)
     return float(np.sqrt(from_seeds + t_question**2 * parts.question))
 
@@ -260,7 +261,7 @@ def binomial_interval(successes: int, trials: int,
     """Rate of independent draws with its exact Clopper-Pearson bounds; (NaN, 0, 1) for no draw."""
     if trials == 0:
         return float("nan"), 0.0, 1.0
-    low, high = stats.binomtest(int(successes), int(trials)).proportion_ci(confidence)
+    low, high = proportion_confint(successes, trials, 1 - confidence, method="beta")
     return successes / trials, float(low), float(high)
 
 

@@ -450,15 +450,21 @@ HOSTILE = {
 }
 
 
+@pytest.fixture(scope="module")
+def impatient():
+    """A worker that has half a second a pair. Nothing is remembered, so it or its successor answers every time."""
+    with_limits = Verifier(seconds=0.5, cache_size=0)
+    yield with_limits
+    with_limits.close()
+
+
 @pytest.mark.parametrize("answer", HOSTILE.values(), ids=HOSTILE.keys())
-def test_hostile_answer_is_wrong_within_the_limit(answer):
-    with_limits = Verifier(seconds=0.5)
+def test_hostile_answer_is_wrong_within_the_limit(impatient, answer):
     start = time.monotonic()
-    hostile, honest = with_limits.grade(["5", "1/2"], [rf"\boxed{{{answer}}}", r"\boxed{0.5}"])
+    hostile, honest = impatient.grade(["5", "1/2"], [rf"\boxed{{{answer}}}", r"\boxed{0.5}"])
     assert not hostile.correct
     assert (honest.correct, honest.method) == (True, "symbolic")
     assert time.monotonic() - start < 60  # a second on an idle machine; without limits some take hours
-    with_limits.close()
 
 
 @pytest.mark.parametrize(
@@ -515,7 +521,7 @@ def test_idle_worker_killed():
 
 
 def test_busy_worker_killed_gets_one_successor():
-    with_limits, before = Verifier(seconds=2), children()
+    with_limits, before = Verifier(seconds=1), children()
     pid = new_worker(with_limits, before)
     threading.Timer(0.5, os.kill, (pid, signal.SIGKILL)).start()
     slow, honest = with_limits.grade(["5", "1/3"], [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{\frac{2}{6}}"])
@@ -555,7 +561,7 @@ SCRIPT = r"""
 import os, sys, threading
 from lib.answers import Verifier
 print("main", flush=True)
-v = Verifier(seconds=2)
+v = Verifier(seconds=0.5)
 grades = []
 thread = threading.Thread(target=lambda: grades.extend(v.grade(["1/2"], [r"\boxed{0.5}"])))
 thread.start()

@@ -30,12 +30,12 @@ def write_study(folder: Path, cells: int) -> Path:
     return folder / "study.yaml"
 
 
-def make_inputs():
-    """Generated data, and a base policy of random weights, in the workspace of this process."""
-    from runner import WORK, dataset, policies
+def make_inputs(work: Path):
+    """Generated data, and a base policy of random weights, in the workspace `work`."""
+    from runner import dataset, policies
 
-    dataset.make_dataset("arithmetic", n_train=900, n_test=60)
-    policy = WORK / "models/tiny-s0"
+    dataset.make_dataset("arithmetic", work / "data/arithmetic", n_train=900, n_test=60)
+    policy = work / "models/tiny-s0"
     policies.tiny_model(0).save_pretrained(policy)
     policies.tiny_tokenizer().save_pretrained(policy)
     (policy / "policy.json").write_text(json.dumps({"hash": policies.weights_hash(policies.tiny_model(0))}))
@@ -47,12 +47,12 @@ def sha256(text: str) -> str:
 
 
 def finish_runs(study: Path) -> int:
-    """Write the folders of all cells but the last one; how many."""
-    from runner import WORK, dataset, files, studies
+    """Write the folders of all cells but the last one; how many. The study is in the workspace of this process."""
+    from runner import dataset, files, studies
 
     _, grid = studies.load_study(str(study), "tiny")
     done = sha256("no adapter")
-    record = json.dumps({"policy_hash": json.loads((WORK / "models/tiny-s0/policy.json").read_text())["hash"],
+    record = json.dumps({"policy_hash": json.loads((study.parent / "models/tiny-s0/policy.json").read_text())["hash"],
                          "data_hash": dataset.data_hash("arithmetic"), "adapter_hash": done})
     same = {"provenance.json": record, "rewards.parquet": "no log", "metrics.parquet": "no metrics",
             "adapter/adapter_config.json": "{}", "adapter/adapter_model.safetensors": "no adapter"}
@@ -68,13 +68,12 @@ def finish_runs(study: Path) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--cells", type=int, default=10_000, help="0: only data and a base policy")
+    parser.add_argument("--cells", type=int, default=10_000)
     args = parser.parse_args()
     work = args.folder.resolve()
     if "GRPO_NOISE_WORK" not in os.environ:  # lib reads it when it is imported
         work.mkdir(parents=True, exist_ok=True)
         sys.exit(subprocess.call([sys.executable, *sys.argv], env=os.environ | {
             "GRPO_NOISE_WORK": str(work), "PYTHONPATH": str(ROOT)}))
-    make_inputs()
-    if args.cells:
-        print(f"{finish_runs(write_study(work, args.cells))} finished runs in {work}")
+    make_inputs(work)
+    print(f"{finish_runs(write_study(work, args.cells))} finished runs in {work}")

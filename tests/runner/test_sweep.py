@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import fake_runs
 import pandas as pd
 import pytest
 from rich.console import Console
@@ -35,8 +36,7 @@ def command(work, *arguments, **env):
 def inputs(tmp_path_factory):
     """A workspace with data and a base policy of random weights."""
     work = tmp_path_factory.mktemp("inputs")
-    subprocess.run([sys.executable, "tests/measure/fake_runs.py", str(work), "--cells", "0"], cwd=ROOT, check=True,
-                   env=os.environ | {"GRPO_NOISE_WORK": str(work)}, capture_output=True)
+    fake_runs.make_inputs(work)
     (work / "two.yaml").write_text(STUDY)
     return work
 
@@ -49,11 +49,9 @@ def work(inputs, tmp_path):
 
 def test_planning_reads_each_input_once(work, monkeypatch):
     """400 cells, all but one finished: the data are hashed once, and one record is read a run."""
-    subprocess.run([sys.executable, "-c", "import sys; sys.path.insert(0, 'tests/measure'); from pathlib import Path; "
-                    "import fake_runs as f; f.finish_runs(f.write_study(Path(sys.argv[1]), 400))", str(work)],
-                   cwd=ROOT, check=True, env=os.environ | {"GRPO_NOISE_WORK": str(work)})
     for module in (runs, parameters, plan, dataset):
         monkeypatch.setattr(module, "WORK", work)
+    fake_runs.finish_runs(fake_runs.write_study(work, 400))
     count = {}
 
     def counted(module, name):
