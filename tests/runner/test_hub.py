@@ -20,10 +20,15 @@ SHARDED = "someone/sharded-qwen"
 LOAD = """
 import sys
 from runner import parameters, policies, runs
-for model in sys.argv[1].split(","):
+
+def load(model):
     params = parameters.resolve("tiny", model=model, data_dir=sys.argv[2])
     runs.check_inputs(params)
-    print(policies.weights_hash(policies.load_policy(params)[0]))
+    return policies.weights_hash(policies.load_policy(params)[0])
+
+for _ in range(2):
+    print(*map(load, sys.argv[1].split(",")), flush=True)
+    sys.stdin.readline()
 """
 CHECK = """
 import sys, time
@@ -57,12 +62,19 @@ def save(folder, **how):
     return folder
 
 
-def execute(code, work, cache, endpoint, model=NAME, **environment):
+def start(code, work, cache, endpoint, model=NAME, **environment):
     """In a process of its own: huggingface_hub reads HF_ENDPOINT when it is imported."""
     environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0",
                                 "HF_TOKEN": "", "NO_PROXY": "127.0.0.1"} | environment
-    return subprocess.run([sys.executable, "-c", code, model, str(work / "data/arithmetic")], env=environment,
-                          cwd=ROOT, capture_output=True, text=True, timeout=600)
+    return subprocess.Popen([sys.executable, "-c", code, model, str(work / "data/arithmetic")], env=environment,
+                            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def execute(*args, **environment):
+    """`start`, and wait for the end."""
+    process = start(*args, **environment)
+    out, errors = process.communicate(timeout=600)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
 
 
 def weights(folder):
@@ -83,21 +95,22 @@ def refused(done, *parts):
 def downloaded(tmp_path_factory, work, saved):
     """Two models that were loaded from a hub, one of them in shards, and then again when the hub was gone.
 
-    Returns the folders on the hub, its requests, the cache, and the two processes.
+    Returns the folders on the hub, its requests, the cache, what was loaded each time, and what was said meanwhile.
     """
     shards = save(tmp_path_factory.mktemp("shards"), max_shard_size="300KB")
     folders, requests, cache = {NAME: saved, SHARDED: shards}, [], tmp_path_factory.mktemp("cache")
     with serve({("model", name): folder for name, folder in folders.items()}, requests) as endpoint:
-        first = execute(LOAD, work, cache, endpoint, ",".join(folders))
-    return folders, requests, cache, first, execute(LOAD, work, cache, endpoint, ",".join(folders))
+        process = start(LOAD, work, cache, endpoint, ",".join(folders))
+        first = process.stdout.readline()
+    again, errors = process.communicate("\n\n", timeout=600)
+    return folders, requests, cache, first, again, errors
 
 
 def test_a_model_is_downloaded_and_then_needs_no_hub(downloaded):
-    folders, requests, _, first, again = downloaded
+    folders, requests, _, first, again, errors = downloaded
     assert f"GET /{NAME}/resolve/main/model.safetensors" in requests
-    for done in (first, again):
-        assert done.stdout.split() == [weights(folder) for folder in folders.values()], done.stderr
-    assert "Retrying" not in again.stderr, again.stderr
+    assert first.split() == again.split() == [weights(folder) for folder in folders.values()], errors
+    assert "Retrying" not in errors, errors
 
 
 def test_a_model_in_shards(downloaded, work):
