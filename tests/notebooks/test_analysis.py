@@ -18,6 +18,7 @@ from papermill.parameterize import parameterize_notebook
 from synthetic_study import NAMED, write_study
 from traitlets.config import Config
 
+from lib import plots
 from runner import OUTPUTS, parameters, studies
 from runner.notebooks import to_html
 
@@ -31,6 +32,12 @@ def shell():
     yield InteractiveShell.instance(config=Config({"HistoryManager": {"hist_file": ":memory:"}}))
     InteractiveShell.clear_instance()
     sys.modules["__main__"] = main
+
+
+@pytest.fixture(autouse=True)
+def quick_figures(monkeypatch):
+    """Figures without the search for their margins, which takes as long as the rest. test_plots has it."""
+    monkeypatch.setitem(plots.STYLE, "figure.constrained_layout.use", False)
 
 
 def execute(notebook, **parameters):
@@ -262,7 +269,7 @@ def test_flawed_checkers_and_rates_by_difficulty_are_compared_but_theory_says_no
 @pytest.mark.parametrize("arm, says", [({"reward": "integer"}, "Whole numbers only loses most"),
                                        ({"reward": "format"}, "Only controls are compared here, and no noise.")])
 def test_one_arm_without_J_beside_the_clean_one(tmp_path, arm, says):
-    folder = write_study(tmp_path / "one", [{}, arm], questions=40)
+    folder = write_study(tmp_path / "one", [{}, arm], questions=40, steps=4)
     assert says in paragraphs(execute_analysis(folder))
     assert (folder / "figures/accuracy-by-arm.png").exists()  # a curve over rates would put both at rate 0
 
