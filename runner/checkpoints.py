@@ -34,28 +34,18 @@ def last_checkpoint(folder: Path, every: int) -> tuple[Path | None, list[str]]:
 
     It must be as it was sealed, at a multiple of `every` steps, and the reward log must be whole up
     to it. every: optimiser steps on one batch of rollouts (num_iterations), because TRL makes its
-    rollouts anew when it resumes. ValueError if there are checkpoints and none is at such a step.
+    rollouts anew when it resumes.
     """
     logged = logged_until(folder, every)
     passed_over = []
-    for path in _aligned(folder, every):
+    for path in checkpoints(folder):
+        if step_of(path) % every:  # the last one of a run may lie between two batches
+            continue
         obstacle = _obstacle(path, logged)
         if obstacle is None:
             return path, passed_over
         passed_over.append(f"{path.name}: {obstacle}")
     return None, passed_over
-
-
-def _aligned(folder: Path, every: int) -> list[Path]:
-    """The checkpoints at a multiple of `every` steps. ValueError if there are others only."""
-    found = checkpoints(folder)
-    aligned = [path for path in found if step_of(path) % every == 0]
-    if found and not aligned:
-        steps = sorted(map(step_of, found))
-        raise ValueError(f"{folder.name}: checkpoints at steps {steps} are not multiples of "
-                         f"{every} (num_iterations), so none can be resumed exactly: delete the "
-                         "folder to start again")
-    return aligned
 
 
 def _obstacle(checkpoint: Path, logged: int) -> str | None:

@@ -79,17 +79,12 @@ FILES = ("train.jsonl", "validation.jsonl", *SPLIT_FILES.values())
 def data_folder(data_dir: str | Path) -> Path:
     """Both `arithmetic` and `data/arithmetic` mean <workspace>/data/arithmetic.
 
-    An absolute path stays. ValueError for a path with `..` and for an address.
+    An absolute path stays.
     """
-    if "://" in str(data_dir):  # it may hold a password: it is not repeated
-        raise ValueError("data_dir is an address: give a folder below data/, or an absolute path")
     path = Path(data_dir).expanduser()
-    if ".." in path.parts:
-        raise ValueError(f"data_dir is {str(data_dir)!r}: give a folder below data/, or an "
-                         "absolute path")
-    if path.is_absolute():
-        return path
-    return WORK / path if path.parts[:1] == ("data",) else WORK / "data" / path
+    if path.parts[:1] == ("data",):
+        return WORK / path
+    return WORK / "data" / path
 
 
 def shown(path: Path) -> str:
@@ -110,9 +105,7 @@ def download(source: str) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    if hub.endpoint_has_password():
-        raise ConnectionError("HF_ENDPOINT holds a password, which would be written to logs: set "
-                              "HF_TOKEN instead")
+    hub.refuse_password()
     copy = HUB_COPIES[source]
     try:
         return Path(snapshot_download(copy.name, repo_type="dataset",
@@ -252,8 +245,6 @@ def _check_request(source: str, given: dict[str, object]):
     if source not in SOURCES:
         kind = "own"
         _check_own(source)
-    if "://" in str(given["math_dir"]):  # it may hold a password: it is not repeated
-        raise ValueError("math_dir is an address: give a local folder")
     for name, value in given.items():
         if value is not None and kind not in USED_BY[name]:
             raise ValueError(f"{name} is for {' and '.join(map(WORDS.get, USED_BY[name]))}: "
@@ -262,8 +253,6 @@ def _check_request(source: str, given: dict[str, object]):
 
 def _check_own(source: str):
     """ValueError if a source is neither known nor a file or folder that can be read."""
-    if "://" in source:  # it may hold a password: it is not repeated
-        raise ValueError("source is an address: give a local file or folder")
     path = own_path(source)
     if not path.exists():
         raise ValueError(f"source={source!r} is no file or folder, seen from the project's root"
@@ -312,24 +301,12 @@ def _changed(folder: Path, hashes: dict[str, str]) -> list[str]:
 
 
 def read_manifest(data_dir: str | Path) -> dict:
-    """The manifest of a dataset folder.
-
-    FileNotFoundError with the command that makes the data; ValueError for a file of another form.
-    """
+    """The manifest of a dataset folder. FileNotFoundError with the command that makes the data."""
     folder = data_folder(data_dir)
     file = folder / "manifest.json"
     if not file.is_file():
         raise FileNotFoundError(f"no data in {shown(folder)}. {_how_to_make(folder.name)}")
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        names = set(manifest["sha256"])
-        counted = {f"{name}.jsonl" for name in manifest["counts"]}
-    except (ValueError, KeyError, TypeError):
-        names = counted = set()
-    if names != set(FILES) or counted != set(FILES):
-        raise ValueError(f"{shown(folder)}/manifest.json is not what 01_data writes: run 01_data "
-                         "again")
-    return manifest
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _how_to_make(name: str) -> str:

@@ -4,19 +4,19 @@ import ast
 import math
 import re
 from collections.abc import Iterator
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from lib import noise
 from lib.rewards import estimator
-from runner import OUTPUTS, ROOT, WORK, dataset, engines
+from runner import OUTPUTS, ROOT, WORK, engines
 from runner.files import digest
 from runner.provenance import assignments
-from runner.reading import as_list, load_yaml, nearest, read_mapping, validate
+from runner.reading import load_yaml, nearest, read_mapping, validate
 
 PROFILES = ROOT / "params/profiles"
 NOT_HASHED = {"output_dir", "report_to", "gradient_checkpointing"}  # they change no result
@@ -89,21 +89,6 @@ class Params(NoiseParams):
     save_steps: int = Field(100, ge=1)
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def one_plain_value(cls, value, about):
-        """Refuse what no parameter is, before pydantic's own messages repeat what was given."""
-        name = about.field_name
-        if isinstance(value, str) and "://" in value:
-            raise ValueError(f"{name} is an address, which may hold a password: give a folder, or "
-                             "for a model its hub id and HF_ENDPOINT")
-        if isinstance(value, list | tuple | dict):
-            raise ValueError(f"{name}={value!r}: a run takes one value; a grid of several is a "
-                             "study, as in params/studies/flip.yaml")
-        if isinstance(value, bool) and cls.model_fields[name].annotation is not bool:
-            raise ValueError(f"{name}={value!r} is a truth value: give a number or a name")
-        return value
-
     @model_validator(mode="after")
     def consistent(self):
         """Refuse values that are allowed each, but not together."""
@@ -154,7 +139,7 @@ class Params(NoiseParams):
 
 def _contradictions(p: Params) -> Iterator[str]:
     """A sentence for each pair of parameters that do not go together."""
-    for check in (_folders, _reward_and_cue, _noise_and_mitigation, _engine):
+    for check in (_output_dir, _reward_and_cue, _noise_and_mitigation, _engine):
         try:
             check(p)
         except ValueError as e:
@@ -171,8 +156,11 @@ def _contradictions(p: Params) -> Iterator[str]:
                "exactly")
 
 
-def _folders(p: Params):
-    refuse_outside(WORK, p.output_dir, p.data_dir)
+def _output_dir(p: Params):
+    folder = Path(p.output_dir)
+    if folder.is_absolute() or ".." in folder.parts:
+        raise ValueError(f"output_dir={p.output_dir!r} leaves the workspace: name a folder such as "
+                         "outputs/mine")
 
 
 def _reward_and_cue(p: Params):
@@ -208,28 +196,6 @@ def _engine(p: Params):
                          "or another engine")
 
 
-@lru_cache  # the runs of a study share their folders
-def refuse_outside(work: Path, output_dir: str, data_dir: str):
-    """ValueError if a folder is none, or leaves the workspace, also through a link."""
-    dataset.data_folder(data_dir)
-    target = (work / output_dir).resolve()
-    inside = (work, (work / "outputs").resolve())  # outputs/ may itself be a link to another disk
-    if ".." in Path(output_dir).parts or not any(target.is_relative_to(root) for root in inside):
-        raise ValueError(f"output_dir={output_dir!r} leaves the workspace: name a folder such as "
-                         "outputs/mine")
-
-
-def folders_elsewhere(values: dict[str, Any]) -> Iterator[str]:
-    """A sentence for each folder in a file's values that is not below the project.
-
-    A file may come from anybody; only a user may name such a folder, in a notebook.
-    """
-    for key in ("data_dir", "output_dir"):
-        for folder in map(str, as_list(values.get(key, []))):
-            if folder.startswith(("/", "~", "\\")) or ".." in Path(folder).parts:
-                yield f"{key}={folder!r} leaves the project: name a folder below it"
-
-
 # --- where values come from -----------------------------------------------------------------------
 
 
@@ -255,10 +221,7 @@ def profile_of_model(model: str | None) -> str:
 
 def profile_defaults(profile: str, use_selected: bool) -> dict[str, Any]:
     """What a profile says, and if asked for, the hyperparameter study's choice. Reads two files."""
-    values, path = load_yaml(PROFILES, profile, "profile")
-    mistakes = list(folders_elsewhere(values))
-    if mistakes:
-        raise ValueError(f"{path.name}: {'; '.join(mistakes)}")
+    values, _ = load_yaml(PROFILES, profile, "profile")
     if use_selected:
         values |= selected(profile)
     return values | {"profile": profile}
@@ -336,17 +299,13 @@ def _assigned_names(cell: str) -> list[str]:
 @cache
 def run_id(params: Params) -> str:
     """Readable settings and 8 hex digits of the hash of all parameters: flip-0.2-s1-1c2f9a03."""
-    return run_name(vars(params))
-
-
-def run_name(values: dict[str, Any]) -> str:
-    """`run_id` of parameters as params.json holds them."""
+    values = vars(params)
     arm, _, _ = noise.describe(values)
     arm = re.sub(r"[^0-9a-z.]+", "-", arm.lower()).strip("-")
-    seeds = f"s{values['seed']}"
-    if values["base_seed"]:
-        seeds = f"b{values['base_seed']}-{seeds}"
-    unchanged = {name for name in ADDED_LATER & values.keys()
+    seeds = f"s{params.seed}"
+    if params.base_seed:
+        seeds = f"b{params.base_seed}-{seeds}"
+    unchanged = {name for name in ADDED_LATER
                  if values[name] == Params.model_fields[name].default}
     hashed = values.keys() - NOT_HASHED - unchanged
     return f"{arm}-{seeds}-{digest({name: values[name] for name in hashed})}"

@@ -11,7 +11,7 @@ from typing import TextIO
 import httpx
 
 from runner import WORK, dataset, engines, runs, task
-from runner.files import read, read_json
+from runner.files import read_json
 from runner.parameters import Params
 from runner.studies import Study
 
@@ -144,7 +144,7 @@ def refuse_stale(finished: list[Params]):
 
 def compare_inputs(folder: Path, today: dict[str, str]):
     """ValueError if the run in `folder` began with other hashes than those of `today`."""
-    record = json.loads(read(folder / "provenance.json"))
+    record = json.loads((folder / "provenance.json").read_text())
     then = {"data": record["data_hash"], "base policy": record["policy_hash"]}
     for what, now in today.items():
         if now != then[what]:

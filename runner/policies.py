@@ -75,7 +75,9 @@ def load_policy(params, engine: str | None = None):
     """
     source = policy_source(params)
     engine = engine or params.engine
-    _check_source(source)
+    hub.refuse_password()
+    if Path(source).is_dir():
+        check_folder(Path(source))
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source, padding_side="left", trust_remote_code=False)
@@ -83,22 +85,17 @@ def load_policy(params, engine: str | None = None):
             model = _load_with_unsloth(source, params)
         else:
             model = _load_with_transformers(source, params)
-    except (OSError, ValueError) as e:
-        raise _explained(e, source) from None
+    except ValueError as e:
+        if "trust_remote_code" not in str(e):
+            raise
+        raise ValueError(f"model={source!r} needs code of its own, and this project runs none "
+                         "that comes with a model: choose one that transformers knows") from None
 
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     stops = stop_tokens(tokenizer, params.prompt_template, model)
     model.generation_config.eos_token_id = stops
     return model, tokenizer
-
-
-def _check_source(source: str):
-    """FileNotFoundError or ValueError if the source must not be loaded from."""
-    if Path(source).is_dir():
-        check_folder(Path(source))
-    else:
-        hub.refuse_password(source)
 
 
 def _load_with_transformers(source: str, params):
@@ -125,18 +122,6 @@ def _load_with_unsloth(source: str, params):
         gpu_memory_utilization=engines.ROLLOUT_MEMORY * total / free,  # a share of what is free
         **SAFE)
     return model
-
-
-def _explained(error: Exception, source: str) -> Exception:
-    """An error of transformers as a sentence that says what to do; other errors as they are."""
-    if "trust_remote_code" in str(error):
-        return ValueError(f"model={source!r} needs code of its own, and this project runs none "
-                          "that comes with a model: choose one that transformers knows")
-    if Path(source).is_dir() or isinstance(error, ValueError):
-        return error
-    why = hub.without_secrets(str(error).splitlines()[0])
-    return OSError(f"model={source!r} cannot be loaded from the hub ({why}): give a local folder "
-                   "as `model`, or set HF_ENDPOINT to a hub that this machine reaches")
 
 
 def end_of_turn(tokenizer, template: str) -> int:

@@ -16,9 +16,9 @@ import pandas as pd
 from lib.rewards import estimator, impossible_verdicts
 from runner import BUILT_HERE, WORK, dataset
 from runner.checkpoints import checkpoints, last_checkpoint, step_of
-from runner.files import SUMS, read, read_json, seal, sha256, unsealed, write_atomically
+from runner.files import SUMS, read_json, seal, sha256, unsealed, write_atomically
 from runner.model_files import check_model
-from runner.parameters import Params, run_id, run_name, steps_in
+from runner.parameters import Params, run_id, steps_in
 from runner.provenance import code, peak_memory_mb, provenance
 from runner.rewardlog import drop_steps_from, read_log
 
@@ -46,28 +46,19 @@ def status(folder: Path) -> str:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a finished run, or None if it has the files that it finished with."""
-    other = stranger(folder)
-    if other:
-        return f"params.json is that of {other}"
-    changed = _changed_files(folder)
-    if not changed:
-        return None
-    return f"{', '.join(changed)}: missing, cut off or changed"
-
-
-def _changed_files(folder: Path) -> list[str]:
-    """Files that are not as a finished run left them.
+    """What is wrong with a finished run, or None if it has the files that it finished with.
 
     The weights of an evaluated run may be left behind (`make pack`): its tables answer all that is
     asked of it.
     """
     changed = unsealed(folder)
     if changed == [WEIGHTS] and _weights_left_behind(folder):
-        return []
+        return None
     if not changed and _hash_in_done(folder) != adapter_hash(folder):
-        return [f"DONE or {WEIGHTS}"]
-    return changed
+        changed = [f"DONE or {WEIGHTS}"]
+    if not changed:
+        return None
+    return f"{', '.join(changed)}: missing, cut off or changed"
 
 
 def _weights_left_behind(folder: Path) -> bool:
@@ -75,25 +66,7 @@ def _weights_left_behind(folder: Path) -> bool:
 
 
 def _hash_in_done(folder: Path) -> str:
-    return read(folder / "DONE").decode(errors="replace").strip()
-
-
-def stranger(folder: Path, name: str | None = None) -> str | None:
-    """The run id in params.json if it is not `name` (by default the folder's own), else None.
-
-    The file is hashed as it stands, since 10,000 of them are read at once: what it says is checked
-    when it is used.
-    """
-    values = read_json(folder / "params.json")
-    if values is None:  # damaged: nothing says that it is another's
-        return None
-    try:
-        there = run_name(values)
-    except (KeyError, TypeError, ValueError):
-        return None
-    if there == (name or folder.name):
-        return None
-    return there
+    return (folder / "DONE").read_text(errors="replace").strip()
 
 
 def adapter_hash(folder: Path) -> str | None:
@@ -113,9 +86,8 @@ def hold(folder: Path):
     if _held_here(folder):  # a notebook's cell is executed twice in one kernel
         return _HELD[folder]
     folder.mkdir(parents=True, exist_ok=True)
-    _refuse_links(folder)
     for _ in range(10):  # `status` takes the lock for an instant: do not take that for a run
-        file = open(folder / ".lock", "w")
+        file = open(folder / ".lock", "a")
         if _flock(file, fcntl.LOCK_EX):
             _HELD[folder] = file
             return file
@@ -145,14 +117,6 @@ def _flock(file, kind: int) -> bool:
     return True
 
 
-def _refuse_links(folder: Path):
-    """ValueError if the folder is or holds a link: what is written to it would end up elsewhere."""
-    for path in (folder, *folder.rglob("*")):
-        if path.is_symlink():
-            raise ValueError(f"{folder.name} holds a symbolic link ({path.name}), which no run "
-                             "makes: delete it, or the folder")
-
-
 # --- before anything is loaded --------------------------------------------------------------------
 
 
@@ -161,9 +125,6 @@ def check_inputs(params: Params):
 
     FileNotFoundError says how to get them; ValueError if there are too few problems.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise RuntimeError("a run is one process: to use several GPUs, execute several runs at "
-                           "once with python -m runner")
     if params.report_to != "none" and not find_spec(params.report_to):
         raise FileNotFoundError(f"report_to={params.report_to!r} needs a package that is not "
                                 f"installed: pip install {params.report_to}")
@@ -210,10 +171,9 @@ def begin(folder: Path, params: Params, executed: list[str],
     executed: the cells that led here, see `code`. identity: policy_hash and data_hash of today.
     Returns the provenance record, to be completed by `finish`, and the checkpoint (None: from the
     start). Damage is mended by going back to what is whole, and the record says so under `mended`.
-    ValueError if the folder is that of another run, or began with another policy or other data.
+    ValueError if the run began with another policy or other data.
     """
     before = read_json(folder / "provenance.json")
-    _refuse_other_run(folder, params)
     _refuse_other_inputs(folder, before, identity)
 
     checkpoint, mended = _where_to_go_on(folder, params, before)
@@ -237,13 +197,6 @@ def _add_history(record: dict[str, Any], before: dict, step: int, mended: list[s
     if step:  # what an earlier start did is a part of the run
         record["resumed_from"] = [*record["resumed_from"], step]
         record["code"] = before.get("code", []) + record["code"]
-
-
-def _refuse_other_run(folder: Path, params: Params):
-    there = stranger(folder, run_id(params))
-    if there:
-        raise ValueError(f"{dataset.shown(folder)} holds the params.json of {there}: it was copied "
-                         "or renamed by hand. Move it away or delete it, then start again")
 
 
 def _refuse_other_inputs(folder: Path, before: dict | None, identity: dict[str, str]):

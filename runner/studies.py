@@ -14,12 +14,11 @@ from runner.parameters import (
     PROFILES,
     Params,
     completed,
-    folders_elsewhere,
     profile_defaults,
     run_id,
     study_folder_name,
 )
-from runner.reading import as_list, load_yaml, mistakes_in_words, nearest, wrong_template
+from runner.reading import load_yaml, mistakes_in_words, nearest
 
 STUDIES = ROOT / "params/studies"
 SET_ELSEWHERE = {"seed", "base_seed", "profile", "output_dir", "use_selected"}
@@ -84,8 +83,8 @@ def load_study(name: str, profile: str) -> tuple[Study, list[Params]]:
 
     ValueError lists all mistakes of the file, a line each.
     """
+    values, path = load_yaml(STUDIES, name, "study")
     mistakes: list[str] = []
-    values, path = load_yaml(STUDIES, name, "study", mistakes)
     values = for_profile(values, profile, path.name, mistakes)
     file = checked(values, path.name, mistakes)
     try:
@@ -151,18 +150,28 @@ def cells_of(file: StudyFile, arm: dict, defaults: dict) -> tuple[list[Cell], li
     if mistakes:
         return [], mistakes
     name, reference = settings.pop("name", ""), settings.pop("reference", "")
-    lists = {key: as_list(value) for key, value in settings.items()}
+    lists = {key: value if isinstance(value, list) else [value] for key, value in settings.items()}
     cells = []
     for (base_seed, seed), *values in itertools.product(replicates(file), *lists.values()):
         given = dict(zip(lists, values, strict=True), seed=seed, base_seed=base_seed)
         try:
             params = Params.model_validate(completed(defaults, given))
+            cells.append(Cell(params, filled(name, params), filled(reference, params)))
         except ValidationError as report:
             mistakes += mistakes_in_words(Params, report)
-            continue
-        shown = vars(params)
-        cells.append(Cell(params, name.format(**shown), reference.format(**shown)))
+        except ValueError as e:
+            mistakes.append(str(e))
     return cells, list(dict.fromkeys(mistakes))  # a mistake is the same for every seed
+
+
+def filled(template: str, params: Params) -> str:
+    """A name with the values of parameters in the place of {parameter}."""
+    try:
+        return str(template).format(**vars(params))
+    except KeyError as e:
+        unknown = e.args[0]
+        raise ValueError(f"{template!r}: {unknown!r} is not a parameter"
+                         f"{nearest(unknown, Params.model_fields)}") from None
 
 
 def replicates(file: StudyFile) -> list[tuple[int, int]]:
@@ -180,11 +189,8 @@ def wrong_settings(settings: dict[str, Any]) -> Iterator[str]:
     for key, value in settings.items():
         if value == []:
             yield f"{key} is an empty list, so the arm has no run"
-    yield from folders_elsewhere(settings)
     if "reference" in settings and "name" not in settings:
         yield "reference is for arms that have a name: give this one a name too"
-    for key in ("name", "reference"):
-        yield from wrong_template(key, settings.get(key, ""), Params.model_fields)
 
 
 def repeated(cells: list[Cell]) -> Iterator[str]:
@@ -197,18 +203,14 @@ def repeated(cells: list[Cell]) -> Iterator[str]:
 def without_reference(cells: list[Cell]) -> Iterator[str]:
     """A sentence for each name that arms are compared with and that no arm has."""
     named = [cell for cell in cells if cell.name]
-    unnamed = {arm_of(cell.params) for cell in cells if not cell.name}
     names = {cell.name for cell in named}
     references = {cell.reference for cell in named}
     for reference in sorted(references - names):
         compared = [cell.name for cell in named if cell.reference == reference]
         arms = list(dict.fromkeys(compared))  # once, not once a seed
-        verb = "is" if len(arms) == 1 else "are"
-        why = f"no arm has that name{nearest(reference, names)}: give an arm this name"
-        if reference == "clean" and "clean" in unnamed:
-            why = "the arm without noise has no name: give it `name: clean`"
-        yield (f"{', '.join(map(repr, arms))} {verb} compared with {reference!r}, and {why}, or "
-               "set `reference` (in an arm, or for the whole study) to the name of one")
+        yield (f"{', '.join(map(repr, arms))} compared with {reference!r}, and no arm has that name"
+               f"{nearest(reference, names)}: give an arm this name (`name: {reference}`), or set "
+               "`reference` (in an arm, or for the whole study) to the name of one")
 
 
 def arm_of(params: Params) -> str:

@@ -198,23 +198,6 @@ def test_a_run_mended_from_an_older_checkpoint_ends_in_the_same_weights(workspac
 # --- copies made by hand ----------------------------------------------------------------------------------------
 
 
-def test_a_finished_run_under_another_name_is_not_that_run(copy, begin):
-    other = parameters.resolve("tiny", **SETTINGS | {"label_flip_rate": 0.2})
-    renamed = copy.rename(copy.with_name(parameters.run_id(other)))
-    assert runs.stranger(renamed) == copy.name
-    assert runs.status(renamed) == "damaged" and copy.name in runs.damage(renamed)
-    before = {p: p.read_bytes() for p in renamed.rglob("*") if p.is_file()}
-    with pytest.raises(ValueError, match=f"{renamed.name} holds the params.json of {copy.name}: it was copied"):
-        begin(renamed, other)
-    assert before == {p: p.read_bytes() for p in renamed.rglob("*") if p.is_file()}  # refused, and nothing deleted
-
-
-def test_half_a_run_under_another_name_is_not_gone_on_with(half, begin):
-    other = parameters.resolve("tiny", **SETTINGS | {"learning_rate": 0.01})  # the noise alone would not give it away
-    with pytest.raises(ValueError, match=f"holds the params.json of {half.name}"):
-        begin(half.rename(half.with_name(parameters.run_id(other))), other)
-
-
 def test_copies_count_only_under_the_name_of_a_cell(workspace, whole):
     """In the store a copy is that run; under a name of its own it is nothing."""
     (workspace / "copied.yaml").write_text(STUDY)

@@ -116,7 +116,6 @@ def test_a_folder_that_names_its_test_problems_keeps_them(tmp_path):
 
 @pytest.mark.parametrize("given, message", [
     ({"source": "nowhere.jsonl"}, "source='nowhere.jsonl' is no file or folder, seen from the project's root"),
-    ({"source": "https://user:secret@host/x.jsonl"}, "source is an address: give a local file or folder"),
     ({"source": "README.md"}, "source='README.md': a file of problems ends in .jsonl, .json, .parquet"),
     ({"source": "docs"}, "source='docs': the folder has no .jsonl, .json, .parquet file"),
     ({"source": "MINE"}, "mine.jsonl holds 5 problems: at least 20 are needed"),
@@ -135,9 +134,8 @@ def test_a_request_that_makes_no_sense_is_refused_before_anything_is_written(tmp
     source = given["source"]
     if source in files:
         given = given | {"source": str(tmp_path / files[source])}
-    with pytest.raises(ValueError, match=re.escape(message)) as refusal:
+    with pytest.raises(ValueError, match=re.escape(message)):
         make_dataset(**({"data_dir": tmp_path / "out/x"} | given))
-    assert "secret" not in str(refusal.value)
     assert not (tmp_path / "out/x").exists()
 
 

@@ -59,14 +59,6 @@ def test_run_id_is_readable_and_the_same_in_another_process():
     assert other.startswith("flip-0.2-s1-") and len(other.split("-")[-1]) == 8
 
 
-def test_a_parameter_that_was_added_later_leaves_earlier_names_alone(monkeypatch):
-    base = parameters.resolve("tiny")
-    before = {name: value for name, value in base.model_dump().items() if name != "warmup_steps"}
-    monkeypatch.setattr(parameters, "ADDED_LATER", {"warmup_steps"})
-    assert parameters.run_name(base.model_dump()) == parameters.run_name(before)
-    assert parameters.run_name(base.model_dump() | {"warmup_steps": 1}) != parameters.run_name(before)
-
-
 @pytest.mark.parametrize("name", ["label_flip_rate", "mask_rate", "abstain_rate", "grpo_beta",
                                   "assumed_false_positive_rate"])
 def test_zero_has_no_sign(name):
@@ -95,10 +87,7 @@ def test_the_name_of_an_arm_has_every_rate():
     ({"max_steps": 0}, ["max_steps=0", "-1"]),
     ({"save_steps": 5, "num_iterations": 2}, ["save_steps=5", "num_iterations=2"]),
     ({"learning_rate": "fast"}, ["learning_rate='fast'"]),
-    ({"label_flip_rate": True}, ["label_flip_rate=True is a truth value", "a number or a name"]),
-    ({"seed": False}, ["seed=False is a truth value"]),
-    ({"label_flip_rate": [0.1, 0.2]}, ["label_flip_rate=[0.1, 0.2]", "one value", "study"]),
-    ({"noise_level": {"a": 1}}, ["noise_level={'a': 1}", "one value"]),
+    ({"label_flip_rate": [0.1, 0.2]}, ["label_flip_rate=[0.1, 0.2]: input should be a valid number"]),
     ({"seed": -1, "mask_rate": 2, "optm": "sgd"}, ["seed=-1", "mask_rate=2", "'optm' is not a parameter"]),
     ({"max_steps": 0, "per_device_train_batch_size": 12}, ["max_steps=0", "12 completions"]),
     ({"reward": "cue"}, ["reward='cue'", "give the phrase, such as cue='Therefore'"]),
@@ -158,11 +147,6 @@ def test_infinities_and_nan_are_refused(name, value):
 def test_unknown_profile_names_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'tiny'"):
         parameters.resolve("tinny")
-
-
-def test_a_list_of_profiles_is_refused():
-    with pytest.raises(ValueError, match=r"profile=\['tiny', 'smol'\] is not a name: give one profile"):
-        parameters.resolve(["tiny", "smol"])
 
 
 def test_bad_input_is_refused_in_about_a_second_by_the_command(tmp_path):

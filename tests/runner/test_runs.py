@@ -49,12 +49,6 @@ def test_the_last_whole_aligned_checkpoint_is_found(tmp_path, logged):
     assert checkpoints.last_checkpoint(tmp_path, 1)[0].name == "checkpoint-7"
 
 
-def test_unaligned_checkpoints_alone_are_refused(tmp_path, logged):
-    checkpoint(tmp_path, 3)
-    with pytest.raises(ValueError, match=r"steps \[3\] are not multiples of 2"):
-        checkpoints.last_checkpoint(tmp_path, 2)
-
-
 def test_a_checkpoint_behind_the_log_is_passed_over(tmp_path):
     checkpoint(tmp_path, 2)
     found, passed_over = checkpoints.last_checkpoint(tmp_path, 1)

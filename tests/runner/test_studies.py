@@ -1,4 +1,4 @@
-"""Studies: grids in YAML, read as a person means them, and refused with all their mistakes at once."""
+"""Studies: grids in YAML, refused with all their mistakes at once."""
 
 import pytest
 
@@ -36,12 +36,11 @@ def refusal(folder, text):
     ("title: t\narms: [{}]\nseeds: [0]\nprofiles: [smol]\n", ["profiles maps a profile's name to what differs"]),
     ("title: t\narms: [{}]\nseeds: [0]\nnames: {a: [b, c]}\n", ["'names' is not a parameter"]),
     ("title: t\narms: [{reference: x}]\nseeds: [0]\n", ["arm 1: reference is for arms that have a name"]),
-    ("title: t\narms: [{name: 7}]\nseeds: [0]\n", ["arm 1: name=7 is no text"]),
-    ("title: t\narms: [{name: 'a {'}]\nseeds: [0]\n", ["arm 1: name='a {'", "single '{'"]),
-    ("title: t\narms: [{name: 'a {sed}'}]\nseeds: [0]\n", ["'sed' is none, did you mean 'seed'"]),
-    ("title: t\nreference: 'a {sed}'\narms: [{name: a}]\nseeds: [0]\n", ["'sed' is none, did you mean 'seed'"]),
+    ("title: t\narms: [{name: 'a {'}]\nseeds: [0]\n", ["arm 1: ", "Single '{'"]),
+    ("title: t\narms: [{name: 'a {sed}'}]\nseeds: [0]\n", ["'sed' is not a parameter, did you mean 'seed'"]),
+    ("title: t\nreference: 'a {sed}'\narms: [{name: a}]\nseeds: [0]\n", ["'sed' is not a parameter"]),
     ("title: t\narms: [{1: 2}]\nseeds: [0]\n", ["bad.yaml: arms.0.1"]),
-    ("- 1\n", ["bad.yaml:1", "mapping"]),
+    ("- 1\n", ["bad.yaml: ", "mapping"]),
 ])
 def test_a_study_with_a_mistake_is_refused(tmp_path, text, words):
     message = refusal(tmp_path, text)
@@ -69,7 +68,7 @@ def test_all_mistakes_are_listed_at_once(tmp_path):
 def test_a_missing_reference_and_an_unknown_profile_are_listed_with_the_rest(tmp_path):
     text = "title: t\nsedes: [1]\narms: [{name: a, mask_rate: 0.1}, {sed: 1}]\nseeds: [0]\n"
     first, second, third = refusal(tmp_path, text).splitlines()
-    assert "'sedes'" in first and "'sed'" in second and "'a' is compared with 'clean', and no arm" in third
+    assert "'sedes'" in first and "'sed'" in second and "'a' compared with 'clean', and no arm" in third
     # the arm that is missing may be the one with a mistake
     assert "no arm" not in refusal(tmp_path, text.replace("{sed: 1}", "{name: clean, sed: 1}"))
     with pytest.raises(ValueError) as error:
@@ -96,44 +95,15 @@ def test_arms_that_nothing_is_compared_with_are_named(tmp_path, arms, which):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("title: t\ntitle: u\narms: [{}]\nseeds: [0]\n", "bad.yaml:2: 'title' is given twice, first in line 1"),
+    ("title: t\ntitle: u\narms: [{}]\nseeds: [0]\n", "bad.yaml:2: not valid YAML: 'title' is given twice"),
     ("title: t\narms:\n  - mask_rate: 0.1\n    mask_rate: 0.2\nseeds: [0]\n",
-     "bad.yaml:4: 'mask_rate' is given twice, first in line 3: keep one"),
-    ("title: t\narms: [{}]\nseeds: [010]\n", "bad.yaml:3: YAML reads 010 as 8: write a plain decimal number"),
-    ("title: t\narms: [{}]\nseeds: [0x1F]\n", "bad.yaml:3: YAML reads 0x1F as 31"),
-    ("title: t\narms: [{}]\nseeds: [1_0]\n", "bad.yaml:3: YAML reads 1_0 as 10"),
-    ("title: t\narms: [{}]\nseeds:\n- 1:30\n", "bad.yaml:4: YAML reads 1:30 as 90"),
-    ("title: t\narms: [{mask_rate: 0:0.5}]\nseeds: [0]\n", "bad.yaml:2: YAML reads 0:0.5 as 0.5"),
-    ("title: t\narms: [{label_flip_rate: yes}]\nseeds: [0]\n", "bad.yaml:2: YAML reads yes as True"),
-    ("title: t\narms: [{label_flip_rate: off}]\nseeds: [0]\n", "bad.yaml:2: YAML reads off as False"),
-    ("title: t\narms: [{temperature: .inf}]\nseeds: [0]\n", "bad.yaml:2: YAML reads .inf as inf"),
-    ("title: t\narms: [{grpo_beta: .nan}]\nseeds: [0]\n", "bad.yaml:2: YAML reads .nan as nan"),
-    ("title: 2026-11-28\narms: [{}]\nseeds: [0]\n", "bad.yaml:1: YAML reads 2026-11-28 as 2026-11-28"),
-    ("title: t\x01\narms: [{}]\nseeds: [0]\n", "bad.yaml:1: not valid YAML: special characters are not allowed"),
-    ("title: Größe\narms: [{}]\nseeds: [0]\n".encode("latin-1"), "bad.yaml:1: not UTF-8: save the file as UTF-8"),
-    ("title: t\narms: [{}]\nseeds: [0]\n".encode("utf-16"), "bad.yaml:1: not UTF-8: save the file as UTF-8"),
-    ("title: " + "[" * 100_000, "bad.yaml: brackets are nested too deeply for a study"),
+     "bad.yaml:4: not valid YAML: 'mask_rate' is given twice: keep one"),
+    ("title: t\x01\narms: [{}]\nseeds: [0]\n", "bad.yaml: no text in UTF-8: special characters are not allowed"),
+    ("title: Größe\narms: [{}]\nseeds: [0]\n".encode("latin-1"), "bad.yaml: no text in UTF-8: invalid"),
+    ("title: t\narms: [{}]\nseeds: [0]\n".encode("utf-16"), "bad.yaml: no text in UTF-8: invalid"),
 ])
-def test_what_yaml_would_take_for_something_else_is_refused(tmp_path, text, words):
-    first, *others = refusal(tmp_path, text).splitlines()
-    assert first.startswith(words)
-    assert all("input should be" in line or "is a truth value" in line for line in others)  # of what YAML read
-
-
-def test_mistakes_of_yaml_and_of_the_study_are_listed_together(tmp_path):
-    message = refusal(tmp_path, "title: t\narms: [{}, {mask_rat: 0.1}]\nseeds: [010]\nsedes: [1]\n"
-                                "profiles: {tinny: {}}\n")
-    assert [line.partition(", did")[0].removeprefix("bad.yaml") for line in message.splitlines()] == [
-        ":3: YAML reads 010 as 8: write a plain decimal number, true or false, or put it in quotes",
-        ": there is no profile 'tinny'",
-        ": 'sedes' is not a parameter",
-        ", arm 2: 'mask_rat' is not a parameter"]
-
-
-def test_mistakes_of_yaml_are_listed_in_the_order_of_lines(tmp_path):
-    message = refusal(tmp_path, "title: t\narms: [{mask_rate: 0_1}]\nseeds: [010]\nseeds: [1:30]\n")
-    assert [line.split(": ")[0] for line in message.splitlines()] == [
-        "bad.yaml:2", "bad.yaml:3", "bad.yaml:4", "bad.yaml:4"]
+def test_a_file_that_is_no_plain_yaml_is_refused(tmp_path, text, words):
+    assert refusal(tmp_path, text).startswith(words)
 
 
 @pytest.mark.parametrize("text, value", [
@@ -148,25 +118,16 @@ def test_what_is_in_quotes_is_text(tmp_path):
     assert study.title == "yes" and list(study.names.values()) == [("010", "010")]
 
 
-def test_a_profile_is_read_as_strictly(tmp_path, monkeypatch):
-    monkeypatch.setattr(parameters, "PROFILES", tmp_path)
-    (tmp_path / "p.yaml").write_text("model: tiny\ndata_dir: arithmetic\nseed: 010\nmax_steps: 1\nmax_steps: 2\n")
-    with pytest.raises(ValueError, match="p.yaml:3: YAML reads 010 as 8(?s:.*)p.yaml:5: 'max_steps' is given twice"):
-        parameters.resolve("p")
-
-
 # --- arms
 
 
 def test_an_arm_without_the_one_that_it_is_compared_with_is_refused(tmp_path):
     """Also if there is a clean arm without a name: references are names."""
     message = refusal(tmp_path, "title: t\narms: [{name: a, mask_rate: 0.1}]\nseeds: [0]\n")
-    assert message.startswith("bad.yaml: 'a' is compared with 'clean', and no arm has that name")
-    assert "give an arm this name, or set `reference`" in message
+    assert message.startswith("bad.yaml: 'a' compared with 'clean', and no arm has that name")
+    assert "give an arm this name (`name: clean`), or set `reference`" in message
     message = refusal(tmp_path, "title: t\narms: [{name: a, mask_rate: 0.1}, {name: b, mask_rate: 0.2}]\nseeds: [0]\n")
-    assert message.startswith("bad.yaml: 'a', 'b' are compared with 'clean'")
-    message = refusal(tmp_path, "title: t\narms: [{}, {name: a, mask_rate: 0.1}]\nseeds: [0]\n")
-    assert message.startswith("bad.yaml: 'a' is compared with 'clean', and the arm without noise has no name: give it")
+    assert message.startswith("bad.yaml: 'a', 'b' compared with 'clean'")
     message = refusal(tmp_path, "title: t\nreference: clen\narms: [{name: clean}, {name: a, mask_rate: 0.1}]\n"
                                 "seeds: [0]\n")
     assert "compared with 'clen', and no arm has that name, did you mean 'clean'?" in message
@@ -209,5 +170,3 @@ def test_a_study_may_differ_for_a_profile(tmp_path):
 def test_unknown_study_names_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'flip'"):
         studies.load_study("flp", "tiny")
-    with pytest.raises(ValueError, match=r"study=\['flip', 'mask'\] is not a name: give one study"):
-        studies.load_study(["flip", "mask"], "tiny")
