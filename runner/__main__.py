@@ -75,17 +75,6 @@ environment:
 """
 
 
-class Once(argparse.Action):
-    """An option that may be given once. argparse itself takes the last of several in silence."""
-
-    def __call__(self, parser, namespace, value, option_string=None):
-        given = vars(namespace).setdefault("_given", set())
-        if self.dest in given:
-            parser.error(f"{option_string} is given twice: one command does one study")
-        given.add(self.dest)
-        setattr(namespace, self.dest, value)
-
-
 def command_line() -> argparse.ArgumentParser:
     """The options of the command."""
     parser = argparse.ArgumentParser(
@@ -93,7 +82,7 @@ def command_line() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", help="name or file of a study in params/studies; for --report "
                                       "also runs, by id or folder, separated by commas")
-    parser.add_argument("--profile", default="tiny", action=Once, metavar="NAME",
+    parser.add_argument("--profile", default="tiny", metavar="NAME",
                         help="hardware and model: a name in params/profiles (tiny)")
     group = parser.add_argument_group("only a part of it")
     part = group.add_mutually_exclusive_group()
@@ -102,22 +91,22 @@ def command_line() -> argparse.ArgumentParser:
             ("--runs-only", "execute the runs; no evaluation, no analysis"),
             ("--report", "evaluate and analyse what is finished; execute no run")):
         part.add_argument(option, action="store_const", dest="part", const=option, help=text)
-    parser.add_argument("--on-done", metavar="COMMAND", action=Once,
+    parser.add_argument("--on-done", metavar="COMMAND",
                         help="a shell command for the end, however it comes: see below")
     where = parser.add_argument_group("where, and how many at once")
-    where.add_argument("--address", metavar="HOST:PORT", action=Once,
+    where.add_argument("--address", metavar="HOST:PORT",
                        help="a Ray cluster that is there; without it, Ray starts here and ends "
                             "with the command")
-    where.add_argument("--cpus-per-run", type=float, default=1, metavar="N", action=Once,
+    where.add_argument("--cpus-per-run", type=float, default=1, metavar="N",
                        help="CPU cores of a run (1)")
-    where.add_argument("--gpus-per-run", type=float, metavar="N", action=Once,
+    where.add_argument("--gpus-per-run", type=float, metavar="N",
                        help="0.25 lets four runs share a GPU, and is the default of runs that "
                             "share a rollout server; else a run has one where there is one, and "
                             "the tiny policy has none")
-    where.add_argument("--engines", type=int, metavar="K", action=Once,
+    where.add_argument("--engines", type=int, metavar="K",
                        help="K GPUs of this machine serve rollouts and the others train; by "
                             "default each does both")
-    where.add_argument("--rollout-url", metavar="URL", action=Once,
+    where.add_argument("--rollout-url", metavar="URL",
                        help="a vLLM server that is there; its key is in GRPO_NOISE_ROLLOUT_KEY")
     return parser
 

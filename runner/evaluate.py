@@ -145,21 +145,10 @@ def be_quiet():
 # --- tables that are kept, and the check of an adapter ---
 
 
-def is_whole(path: Path) -> bool:
-    """Whether the table at `path` is there and not what a crash has left of it."""
-    try:
-        pq.read_metadata(path)
-    except (OSError, pa.ArrowException):
-        return False
-    return True
-
-
 def keep(path: Path, table: pd.DataFrame) -> pd.DataFrame:
     """Write the table, so that it appears when it is whole; returns it as it will be read."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    table.to_parquet(part, index=False)
-    os.replace(part, path)
+    files.write_atomically(path, table.to_parquet(index=False))
     return pd.read_parquet(path)
 
 
@@ -191,7 +180,7 @@ def tables_of(of: list[parameters.Params], kept: dict[str, Path], start: Callabl
     start() is the engine, grade(ask) the table of one policy, `prompt` what shows that an adapter
     has an effect, and progress(n) is told how many runs are done.
     """
-    if all(map(is_whole, kept.values())):  # nothing to ask: no engine
+    if all(path.exists() for path in kept.values()):  # nothing to ask: no engine
         yield from ((name, pd.read_parquet(path)) for name, path in kept.items())
         return
     engine = start()
@@ -199,7 +188,7 @@ def tables_of(of: list[parameters.Params], kept: dict[str, Path], start: Callabl
         of_base = engine.numbers(None, prompt)
         adapters = [None, *(params.folder / "adapter" for params in of)]
         for n, ((name, path), adapter) in enumerate(zip(kept.items(), adapters, strict=True)):
-            if is_whole(path):
+            if path.exists():
                 table = pd.read_parquet(path)
             else:
                 if adapter is not None:

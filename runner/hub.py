@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-REMEDY = ("give a local folder or file as `model` (-p model FOLDER), set HF_TOKEN if the model asks "
-          "for an account, or set HF_ENDPOINT to a hub that this machine reaches")
+REMEDY = ("give a local folder or file as `model` (-p model FOLDER), set HF_TOKEN if the model "
+          "asks for an account, or set HF_ENDPOINT to a hub that this machine reaches")
 
 
 def without_secrets(text: str) -> str:

@@ -25,23 +25,19 @@ def all_parts(folder: Path) -> list[Path]:
     """Part files at any depth, sorted, relative to `folder`. Hidden ones are skipped."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder.name} is not a folder: give the one that holds the parts")
-    parts = []
-    for path in sorted(folder.rglob("*")):
-        part = path.relative_to(folder)
-        hidden = any(name.startswith(".") for name in part.parts)
-        if path.suffix in SUFFIXES and path.is_file() and not hidden:
-            parts.append(part)
-    return parts
+    parts = [path.relative_to(folder) for path in sorted(folder.rglob("*"))
+             if path.suffix in SUFFIXES and path.is_file()]
+    return [part for part in parts if not any(name.startswith(".") for name in part.parts)]
 
 
-def find_parts(folder: Path) -> dict[str, list[str]]:
-    """Part files at any depth, by split, as sorted paths relative to `folder`.
+def find_parts(folder: Path) -> dict[str, list[Path]]:
+    """`all_parts` by split.
 
     ValueError if a split has none, or if a path does not say which split it is of.
     """
-    parts: dict[str, list[str]] = {split: [] for split in SPLIT_WORDS}
+    parts: dict[str, list[Path]] = {split: [] for split in SPLIT_WORDS}
     for part in all_parts(folder):
-        parts[_split_of(part)].append(part.as_posix())
+        parts[_split_of(part)].append(part)
 
     for split, found in parts.items():
         if not found:
@@ -75,55 +71,39 @@ def names_a_test_split(folder: Path) -> bool:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def _numbered_rows(folder: Path, part: str) -> Iterator[tuple[int, object]]:
-    """(1-based line or row number, parsed row) of one part; errors name the file and the line."""
-    path = folder / part
+def _numbered_rows(path: Path, part: str) -> Iterator[tuple[int, object]]:
+    """(1-based line or row number, parsed row) of a file. Errors name the part and the line."""
+    if path.suffix == ".parquet":
+        yield from enumerate(_parquet_rows(path, part), 1)
+        return
     try:
-        if path.suffix == ".parquet":
-            yield from _parquet_rows(path)
-        elif path.suffix == ".json":
-            yield from _json_rows(path, part)
-        else:
-            yield from _json_lines(path, part)
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{part}: not UTF-8 text: save the file in that encoding") from None
-    except OSError as e:
-        raise ValueError(f"{part}: cannot be read ({type(e).__name__}): is the file "
-                         "truncated?") from None
+    if path.suffix == ".json":  # one problem, or a list of problems
+        loaded = _parsed(text, part)
+        yield from enumerate(loaded if isinstance(loaded, list) else [loaded], 1)
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, _parsed(line, part, number)
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
+def _parquet_rows(path: Path, part: str) -> list[dict]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowException as e:
-        raise OSError(str(e)) from None
-    yield from enumerate(table.to_pylist(), 1)
-
-
-def _json_rows(path: Path, part: str) -> Iterator[tuple[int, object]]:
-    """One problem, or a list of problems."""
-    text = path.read_text(encoding="utf-8-sig")
-    loaded = _parsed(text, part)
-    yield from enumerate(loaded if isinstance(loaded, list) else [loaded], 1)
-
-
-def _json_lines(path: Path, part: str) -> Iterator[tuple[int, object]]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield number, _parsed(line, part, number)
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as e:
+        raise ValueError(f"{part}: cannot be read ({type(e).__name__}): is the file "
+                         "truncated?") from None
 
 
 def _parsed(text: str, part: str, first_line: int = 1) -> object:
     """The JSON value in `text`, which begins at `first_line` of the part."""
     try:
         return json.loads(text)
-    except RecursionError:
-        raise ValueError(f"{part}:{first_line}: brackets are nested too deeply to be read: a row "
-                         "is one object of texts") from None
     except json.JSONDecodeError as e:
         where = f"{part}:{first_line + e.lineno - 1}"
         if e.msg == "Extra data" and part.endswith(".json"):
@@ -161,12 +141,6 @@ def check_row(row: object, where: str) -> dict[str, str]:
 def _check_text(value: object, what: str):
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{what} is not a non-empty text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as e:
-        lone = ascii(value[e.start])[1:-1]
-        raise ValueError(f"{what} holds {lone}, half of a character that was cut in two: write "
-                         "the whole character or delete it") from None
 
 
 # --- rows of one's own ----------------------------------------------------------------------------
@@ -255,49 +229,36 @@ ReadRow = Callable[[object, str], dict[str, str]]  # (row, file:line) -> the fie
 
 def merge_parts(folder: Path, read_row: ReadRow = check_row) -> dict[str, list[dict]]:
     """All parts of a folder as {"train": rows, "validation": rows}, ordered by part and line."""
-    folder = Path(folder)
-    found = find_parts(folder)
-    _refuse_equal_names([part for parts in found.values() for part in parts])
     merged = {}
-    for split, parts in found.items():
+    for split, parts in find_parts(folder).items():
         merged[split] = rows_of(folder, parts, read_row)
         if not merged[split]:
-            raise ValueError(f"{folder.name}: the {split} parts hold no rows ({', '.join(parts)})")
+            names = ", ".join(part.as_posix() for part in parts)
+            raise ValueError(f"{folder.name}: the {split} parts hold no rows ({names})")
     return merged
 
 
-def rows_of(folder: Path, parts: list[str], read_row: ReadRow) -> list[dict]:
+def rows_of(folder: Path, parts: list[Path], read_row: ReadRow) -> list[dict]:
     """The rows of these parts.
 
     sample_id is the part's path without its suffix, a colon and the 1-based line, such as
-    "algebra/train:17".
+    "algebra/train:17". ValueError if two parts differ in their suffix alone.
     """
     rows = []
+    seen: dict[Path, Path] = {}
     for part in parts:
-        name = _without_suffix(part)
-        for number, row in _numbered_rows(folder, part):
-            rows.append({"sample_id": f"{name}:{number}"} | read_row(row, f"{part}:{number}"))
+        name = part.with_suffix("")
+        other = seen.setdefault(name, part)
+        if other != part:
+            raise ValueError(f"{part} and {other} would give the same sample_id: keep one of them")
+        for number, row in _numbered_rows(folder / part, part.as_posix()):
+            fields = read_row(row, f"{part.as_posix()}:{number}")
+            rows.append({"sample_id": f"{name.as_posix()}:{number}"} | fields)
     return rows
 
 
 def rows_of_all(path: Path, read_row: ReadRow) -> list[dict]:
     """The rows of one file, or of all parts of a folder."""
     if path.is_file():
-        return rows_of(path.parent, [path.name], read_row)
-    parts = [part.as_posix() for part in all_parts(path)]
-    _refuse_equal_names(parts)
-    return rows_of(path, parts, read_row)
-
-
-def _without_suffix(part: str) -> str:
-    return part.removesuffix(Path(part).suffix)
-
-
-def _refuse_equal_names(parts: list[str]):
-    """ValueError if two parts differ in their suffix alone, since their rows would be called alike.
-    """
-    seen: dict[str, str] = {}
-    for part in parts:
-        other = seen.setdefault(_without_suffix(part), part)
-        if other != part:
-            raise ValueError(f"{part} and {other} would give the same sample_id: keep one of them")
+        return rows_of(path.parent, [Path(path.name)], read_row)
+    return rows_of(path, all_parts(path), read_row)

@@ -3,33 +3,24 @@
 import itertools
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lib import noise
-from runner import OUTPUTS, ROOT
+from runner import ROOT
 from runner.parameters import (
     PROFILES,
     Params,
     completed,
     profile_defaults,
     run_id,
-    study_folder_name,
 )
 from runner.reading import load_yaml, mistakes_in_words, nearest
 
 STUDIES = ROOT / "params/studies"
 SET_ELSEWHERE = {"seed", "base_seed", "profile", "output_dir", "use_selected"}
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-
-
-def folder_of(study: str, profile: str) -> Path:
-    """Where tables, figures and rendered notebooks of a study are. Its runs are in outputs/runs."""
-    if study.endswith((".yaml", ".yml")):
-        study = Path(study).stem
-    return OUTPUTS / study_folder_name(study, profile)
 
 
 class StudyFile(BaseModel):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from runner import OUTPUTS, ROOT, WORK, studies
 from runner.files import digest, read_json
-from runner.parameters import Params, run_id
+from runner.parameters import Params, run_id, study_folder_name
 from runner.studies import Study, arm_of
 
 SEEDS = {"seed", "base_seed", "noise_seed", "output_dir"}
@@ -22,7 +22,8 @@ def folder_of(target: str, profile: str) -> Path:
     """Where tables, figures and rendered notebooks of a study, or of these runs, are."""
     folders = folders_of(target)
     if not folders:
-        return studies.folder_of(target, profile)
+        name = Path(target).stem if target.endswith((".yaml", ".yml")) else target
+        return OUTPUTS / study_folder_name(name, profile)
     if len(folders) == 1:
         return OUTPUTS / f"run-{folders[0].name}"
     return OUTPUTS / f"runs-{digest(sorted(folder.name for folder in folders))}"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from runner import dataset, runs, studies  # noqa: E402
+from runner import dataset, runs, targets  # noqa: E402
 from runner.parameters import Params  # noqa: E402
 
 ARCHIVE = "runs.tar.xz"
@@ -94,8 +94,8 @@ def main() -> int:
     parser.add_argument("--profile", default="tiny")
     args = parser.parse_args()
     try:
-        _, grid = studies.load_study(args.study, args.profile)
-        folder = studies.folder_of(args.study, args.profile)
+        _, grid = targets.load(args.study, args.profile)
+        folder = targets.folder_of(args.study, args.profile)
         if args.what == "pack":
             archive = pack(folder, grid)
             print(f"{dataset.shown(archive)}: {archive.stat().st_size / 2**20:.1f} MB")

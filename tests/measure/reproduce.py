@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from runner import ROOT, WORK, parameters, studies
+from runner import ROOT, WORK, parameters, studies, targets
 
 TABLES = {"summary.csv": ["run_id"], "runs.csv": ["run_id"], "replay.csv": ["run_id"], "provenance.csv": ["run_id"],
           "results.csv": ["arm"], "metrics.parquet": ["run_id", "step"],
@@ -88,7 +88,7 @@ def main() -> int:
         if done.returncode:
             print(f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}\nsee {work}")
             return 2
-        folders.append(work / "outputs" / studies.folder_of(str(study), args.profile).name)
+        folders.append(work / "outputs" / targets.folder_of(str(study), args.profile).name)
     different = compare(*folders)
     print(f"{', '.join(different)} differ: see {root}" if different else "The two studies are identical.")
     if not different:

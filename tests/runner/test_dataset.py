@@ -156,11 +156,6 @@ BAD_LINES = {
         json.dumps(ROW | {"solution": "It is 2."}),
         r"train.jsonl:3: the solution has no complete \boxed",
     ),
-    "lone surrogate": (
-        json.dumps(ROW | {"problem": "1+1=\ud83d"}),
-        r"train.jsonl:3: field 'problem' holds \ud83d, half of a character that was cut in two: write the whole",
-    ),
-    "brackets": ("[" * 100_000, "train.jsonl:3: brackets are nested too deeply to be read"),
     "brackets in the answer": (
         json.dumps(ROW | {"solution": r"\boxed{" + "{" * 100_000 + "}" * 100_000 + "}"}),
         "train.jsonl:3: the gold answer has 200,000 characters, and the graders read at most 1,000: leave",
@@ -221,7 +216,6 @@ BAD_FOLDERS = {
         write("x/train.json", LINE + LINE),
         "x/train.json:2: more than one JSON value: if each line is a row, rename the file to .jsonl",
     ),
-    "brackets": (write("x/train.json", b"[" * 100_000), "x/train.json:1: brackets are nested too deeply"),
     "parquet": (write("x/train.parquet", b"PAR1 cut"), "x/train.parquet: cannot be read"),
 }
 

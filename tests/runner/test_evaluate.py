@@ -98,17 +98,6 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
 
 # ---- kept tables and adapters
 
-@pytest.mark.parametrize("cut", [0, 100, None], ids=["empty", "cut off", "not there"])
-def test_a_table_that_is_not_whole_is_asked_again(tmp_path, cut):
-    table, file = pd.DataFrame({"exact": [True] * 500}), tmp_path / "runs" / "eval.parquet"
-    assert evaluate.keep(file, table).equals(table) and evaluate.is_whole(file)
-    if cut is None:
-        file.unlink()
-    else:
-        file.write_bytes(file.read_bytes()[:cut])
-    assert not evaluate.is_whole(file)
-
-
 class Engine:
     """Says how often it was asked; every adapter shifts the numbers of the base by `effect`."""
 

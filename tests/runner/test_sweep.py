@@ -14,7 +14,6 @@ import pytest
 from rich.console import Console
 
 from runner import ROOT, dataset, files, parameters, plan, results, runs, studies, sweep, task
-from runner.__main__ import main
 
 STUDY = """
 title: Two cells
@@ -134,12 +133,6 @@ def test_a_command_for_the_end(work, study, part, status):
     folder = work.resolve() / "outputs" / study.removesuffix(".yaml")
     assert f"ended: {status} {name} {folder}" in process.stdout.splitlines()
     assert "--on-done ended with status 3: echo ended" in process.stderr
-
-
-def test_a_profile_given_twice_is_refused(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["flip", "--profile", "tiny", "--profile", "smol"])
-    assert stopped.value.code == 2 and "--profile is given twice" in capsys.readouterr().err
 
 
 def test_results_fit_80_columns_and_say_percent():
