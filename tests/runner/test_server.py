@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
 
-from runner import ROOT, engines, evaluate, parameters, plan, policies, rollouts, runs, server
+from runner import ROOT, engines, evaluate, parameters, plan, policies, rollouts, runs, server, task
 from runner.engines import BASE
 from runner.rollouts import Client, RequestRefused, request_seed
 
@@ -245,6 +245,37 @@ def test_by_default_each_gpu_serves_and_trains_and_some_can_serve_alone(four_gpu
     apart = plan.split_gpus([base], None, 1)
     assert (apart.serving, apart.training) == (["0"], ["1", "2", "3"]) and apart.server_memory > 0.5
     assert plan.split_gpus([base], "10.0.0.7:6379", None) == plan.Gpus()
+
+
+@pytest.mark.parametrize("runs, servers, adapters", [(1, 1, 1), (4, 1, 4), (5, 2, 3), (8, 2, 4), (9, 3, 3)])
+def test_more_than_four_runs_on_a_gpu_have_several_servers(base, runs, servers, adapters):
+    serving = server.Serving.of([base], runs)
+    batch = base.prompts_per_step * base.num_generations
+    assert (serving.on_a_gpu, serving.adapters) == (servers, adapters)
+    assert serving.completions == min(1024, adapters * batch)
+
+
+def test_servers_that_share_a_gpu_share_its_memory_and_do_not_measure_each_other(monkeypatch):
+    monkeypatch.setattr(engines, "gpu_query", lambda fields: [["1000"]])  # MiB
+    monkeypatch.setattr(engines, "vllm_on_cpu", lambda: False)
+
+    def options(on_a_gpu):
+        serving = server.Serving("model", length=64, rank=16, adapters=2, completions=8, on_a_gpu=on_a_gpu)
+        return server.Server._options(SimpleNamespace(port=1), serving, 0.1)
+
+    assert "--kv-cache-memory-bytes" not in options(1)
+    shared = options(2)
+    assert shared[shared.index("--kv-cache-memory-bytes") + 1] == str(50 * 2**20)  # half of its part
+
+
+def test_runs_ask_a_server_on_their_own_gpu_and_neighbours_take_turns(monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "node"))
+    servers = {"node": [{"gpu": gpu, "url": f"{gpu}-{number}"} for gpu in "01" for number in "ab"]}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert [task.server_for(place, servers)["url"] for place in range(4)] == ["1-a", "1-b", "1-a", "1-b"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")  # it trains only, and others serve only
+    assert [task.server_for(place, servers)["url"] for place in range(4)] == ["0-a", "0-b", "1-a", "1-b"]
 
 
 @pytest.mark.parametrize("address, servers, words", [
