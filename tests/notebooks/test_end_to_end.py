@@ -42,11 +42,9 @@ def command(work, module, *args, **kwargs):
 
 @pytest.fixture(scope="module")
 def failing(workspace):
-    """Two runs, of which one fails: its folder holds a link. The other is also one of the study's."""
-    (workspace / "fail.yaml").write_text(STUDY.replace("  - {}\n", "").replace("mask_rate: 1.0", "mask_rate: 0.5"))
-    _, refused = folders(workspace, "fail")
-    refused.mkdir(parents=True)
-    (refused / "elsewhere").symlink_to(workspace)
+    """Two runs, of which one fails: its prompts are all too long. The other is also one of the study's."""
+    fails = STUDY.replace("  - {}\n", "").replace("mask_rate: 1.0", "max_prompt_length: 1")
+    (workspace / "fail.yaml").write_text(fails)
     return command(workspace, "runner", workspace / "fail.yaml", "--runs-only")
 
 
@@ -194,7 +192,7 @@ def test_a_study_is_packed_without_weights_and_goes_on_elsewhere(study, tmp_path
 def test_a_failing_run_is_reported_and_does_not_stop_the_others(workspace, failing):
     assert failing.returncode == 1
     other, failed = folders(workspace, "fail")
-    assert f"FAILED {failed.name}" in failing.stderr and "holds a symbolic link (elsewhere)" in failing.stderr
+    assert f"FAILED {failed.name}" in failing.stderr and "max_prompt_length=1" in failing.stderr
     assert runs.status(failed) == "failed" and runs.status(other) == "done"
     cells = nbformat.read(failed / "notebook.ipynb", as_version=4).cells
     assert any(o.output_type == "error" for c in cells for o in c.get("outputs", []))
