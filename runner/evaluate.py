@@ -28,6 +28,7 @@ from runner.engines import BASE
 from runner.rollouts import AT_ONCE, request_seed
 
 ALIKE = ("model", "prompt_template", "data_dir", "max_prompt_length", "max_completion_length")
+SERVERS_A_GPU = 2  # one keeps its own thread busy before the GPU is
 LABELS = ["sample_id", "level", "type", "decoding", "method"]
 
 
@@ -62,7 +63,8 @@ class Served:
         torch.cuda.empty_cache()
         log = server.log_folder(of[0]) / "evaluation"
         self.stack = ExitStack()
-        self.clients = self.stack.enter_context(server.clients(of, log, completions=AT_ONCE))
+        self.clients = self.stack.enter_context(
+            server.clients(of, log, completions=AT_ONCE, on_a_gpu=SERVERS_A_GPU))
         self.tokenizer, self.seed = tokenizer, seed
         self.length = max(params.max_completion_length for params in of)
         self.stop = list(stop_token_ids)
@@ -102,7 +104,7 @@ class Served:
             return self.tokenizer.batch_decode([completion.ids for completion in found],
                                                skip_special_tokens=True)
 
-        with ThreadPoolExecutor(AT_ONCE) as threads:
+        with ThreadPoolExecutor(AT_ONCE * len(self.clients)) as threads:
             return list(threads.map(answer, range(len(ids))))
 
     def numbers(self, adapter, prompt):

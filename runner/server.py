@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -178,10 +178,11 @@ def _end_with_parent():
 
 @contextmanager
 def clients(grid: list[Params], log: Path, memory: float = engines.ALONE_MEMORY,
-            completions: int | None = None) -> Iterator[list["Client"]]:
+            completions: int | None = None, on_a_gpu: int = 1) -> Iterator[list["Client"]]:
     """Clients of the server that the environment names, else of servers for the time of the block.
 
-    Then there is one on each GPU that this process may use, or one in all with vLLM for CPUs.
+    Then there are `on_a_gpu` on each GPU that this process may use, which share `memory` of it, or
+    one in all with vLLM for CPUs. completions: that each writes at the same time.
     """
     from runner import rollouts
 
@@ -189,9 +190,12 @@ def clients(grid: list[Params], log: Path, memory: float = engines.ALONE_MEMORY,
     if given:
         yield given
         return
-    gpus = [index for [index] in engines.gpu_query("index")] or [None]
+    gpus = [index for [index] in engines.gpu_query("index")]
     serving = Serving.of(grid, 1, completions)
-    servers = [Server(serving, log.with_suffix(f".{gpu or 0}.log"), memory, gpu) for gpu in gpus]
+    if gpus:
+        serving = replace(serving, on_a_gpu=on_a_gpu)
+    servers = [Server(serving, log.with_suffix(f".{gpu or 0}-{number}.log"), memory, gpu)
+               for gpu in gpus or [None] for number in range(serving.on_a_gpu)]
     try:
         yield [rollouts.Client(server.wait().url, server.key) for server in servers]
     finally:
