@@ -20,7 +20,6 @@ seeds of *these* base policies, not for new base policies.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 from itertools import combinations
 from typing import NamedTuple
 
@@ -91,54 +90,26 @@ def variance_parts(acc: np.ndarray) -> Parts:
     return Parts(by_seed.var(ddof=1) / n, question, rest, n, q)
 
 
-@lru_cache(maxsize=4)
-def resample_counts(seeds: int, questions: int, n_boot: int,
-                    seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw how often each seed (n_boot, seeds) and question (n_boot, questions) is resampled.
-
-    The counts are kept, because all arms of one shape share their draws.
-    """
-    rng = np.random.default_rng(seed)
-    drawn = []
-    for n in (seeds, questions):
-        counts = rng.multinomial(n, np.full(n, 1 / n), size=n_boot).astype(np.min_scalar_type(n))
-        counts.flags.writeable = False
-        drawn.append(counts)
-    return tuple(drawn)
-
-
-def resampled_shares(acc: np.ndarray, n_boot: int = 2000, seed: int = 0) -> tuple[np.ndarray, ...]:
-    """Find the distribution of accuracies in two-level resamples, without making the resamples.
-
-    `acc` (seeds, questions) holds few distinct values, since k samples allow k + 1 of them. Returns
-    these V values, and which share each has (n_boot, V) if seeds, questions, or both are resampled.
-    """
-    values = np.unique(acc)
-    by_seed, by_question = (counts.astype(np.float32)  # whole numbers, exact below 2^24
-                            for counts in resample_counts(*acc.shape, n_boot, seed))
-    shares = np.empty((3, n_boot, len(values)))
-    for v, value in enumerate(values):
-        here = (acc == value).astype(np.float32)
-        in_questions = (by_question @ here.T).astype(float)  # (n_boot, seeds)
-        shares[0, :, v] = by_seed @ here.sum(axis=1, dtype=float)
-        shares[1, :, v] = in_questions.sum(axis=1)
-        shares[2, :, v] = (in_questions * by_seed).sum(axis=1)
-    return values, *shares / acc.size
-
-
-def bootstrap_parts(acc: np.ndarray, statistic: Callable, n_boot: int = 2000,
+def bootstrap_parts(acc: np.ndarray, statistic: Callable[[np.ndarray], float], n_boot: int = 2000,
                     seed: int = 0) -> Parts:
-    """Split the variance of a statistic of the values in `acc` by two-level bootstrap.
+    """Split the variance of a statistic of `acc` (seeds, questions) by two-level bootstrap.
 
-    statistic(values (V,), shares (B, V)) -> (B,), such as `middle_mean`. Resampling seeds only,
-    questions only and both separates the parts; n/(n-1) undoes the bias of resampling n items.
+    Resampling seeds only, questions only and both separates the parts; n/(n-1) undoes the bias of
+    resampling n items.
     """
     acc = np.asarray(acc, dtype=float)
     seeds, questions = acc.shape
     if seeds < 2:
         return Parts(np.nan, np.nan, np.nan, seeds, questions)
-    values, *shares = resampled_shares(acc, n_boot, seed)
-    v_seed, v_question, v_both = (statistic(values, share).var() for share in shares)
+    rng = np.random.default_rng(seed)
+    drawn = np.empty((n_boot, 3))
+    for row in drawn:
+        some_seeds = rng.integers(seeds, size=seeds)
+        some_questions = rng.integers(questions, size=questions)
+        other_runs = acc[some_seeds]
+        row[:] = [statistic(other_runs), statistic(acc[:, some_questions]),
+                  statistic(other_runs[:, some_questions])]
+    v_seed, v_question, v_both = drawn.var(axis=0)
     v_rest = max(v_both - v_seed - v_question, 0.0)
 
     unbias_seed, unbias_question = seeds / (seeds - 1), questions / (questions - 1)
@@ -147,11 +118,10 @@ def bootstrap_parts(acc: np.ndarray, statistic: Callable, n_boot: int = 2000,
     return Parts(unbias_seed * v_seed, question, rest, seeds, questions)
 
 
-def middle_mean(values: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """Interquartile mean of distributions over ascending values: the mean of the middle half."""
-    top = np.cumsum(shares, axis=1)
-    inside = np.clip(top, 0.25, 0.75) - np.clip(top - shares, 0.25, 0.75)
-    return inside @ values / 0.5
+def middle_mean(acc: np.ndarray) -> float:
+    """Interquartile mean: the mean of the middle half of all values (scipy's trim_mean, faster)."""
+    cut = acc.size // 4
+    return np.sort(acc, axis=None)[cut:acc.size - cut].mean()
 
 
 # ---- intervals, tests, effect sizes
@@ -371,7 +341,7 @@ def iqm(acc: np.ndarray, n_boot: int = 2000, confidence: float = 0.95, seed: int
     """Interquartile mean over all (seed, question) accuracies: the mean of the middle half."""
     acc = np.asarray(acc, dtype=float)
     parts = bootstrap_parts(acc, middle_mean, n_boot, seed)
-    return interval(stats.trim_mean(acc, 0.25, axis=None), parts, confidence)
+    return interval(middle_mean(acc), parts, confidence)
 
 
 def probability_of_improvement(x: np.ndarray, y: np.ndarray, confidence: float = 0.95) -> Interval:

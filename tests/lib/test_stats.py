@@ -15,14 +15,11 @@ from lib.stats import (
     holm,
     iqm,
     mean_interval,
-    middle_mean,
     minimum_detectable_effect,
     p_value,
     paired_difference,
     probability_of_improvement,
     rank_correlations,
-    resample_counts,
-    resampled_shares,
     variance_parts,
 )
 
@@ -178,48 +175,11 @@ def test_binomial_interval_of_no_draw_says_nothing():
     assert np.isnan(rate) and (low, high) == (0, 1)
 
 
-# ---- the bootstrap by counts is the bootstrap of rows
-
-def test_resampled_items_are_the_draws_of_one_call():
-    """Made in blocks and kept in two bytes, they are what one multinomial call returns."""
-    rng = np.random.default_rng(11)
-    for counts, n in zip(resample_counts(7, 300, 1100, seed=11), (7, 300), strict=True):
-        np.testing.assert_array_equal(counts, rng.multinomial(n, np.full(n, 1 / n), size=1100))
-
-
-@calm
-@given(shapes, st.integers(1, 5))
-def test_bootstrap_by_counts_is_the_bootstrap_of_rows(shape, k):
-    """The same draws, once by counts, once by repeating the rows (seed, question, sample) that were drawn."""
-    n, q, seed = shape
-    right = np.random.default_rng(seed).random((n, q, k)) < 0.6
-    values, of_seeds, of_questions, of_both = resampled_shares(right.mean(axis=2), 20, seed)
-    for b, (seeds, questions) in enumerate(zip(*resample_counts(n, q, 20, seed), strict=True)):
-        for shares, s_times, q_times in ((of_seeds, seeds, np.ones(q, int)), (of_questions, np.ones(n, int), questions),
-                                         (of_both, seeds, questions)):
-            rows = right.repeat(s_times, axis=0).repeat(q_times, axis=1)
-            assert (shares[b] @ values) == pytest.approx(rows.mean(), abs=1e-12)
-            drawn = np.sort(rows.mean(axis=2), axis=None)
-            middle = drawn.repeat(4)[drawn.size:3 * drawn.size].mean()  # quarters of scores: the middle half is whole
-            assert middle_mean(values, shares[b:b + 1])[0] == pytest.approx(middle, abs=1e-12)
-
-
-@calm
-@given(shapes, st.integers(1, 4))
-def test_bootstrap_of_a_paired_difference_draws_both_arms_alike(shape, k):
-    n, q, seed = shape
-    x, y = np.random.default_rng(seed).integers(0, k + 1, (2, n, q)) / k
-    by_seed, by_question = resample_counts(n, q, 50, seed)
-    means = [np.einsum("bs,sq,bq->b", by_seed, a, by_question) / (n * q) for a in (x, y)]
-    values, *_, both = resampled_shares(y - x, 50, seed)
-    np.testing.assert_allclose(both @ values, means[1] - means[0], atol=1e-12)
-
-
 # ---- the closed form is the bootstrap's limit
 
 def test_closed_form_is_the_limit_of_the_two_level_bootstrap():
-    acc = simulate(np.random.default_rng(3), 4, 150, 0.3)
-    exact, resampled = variance_parts(acc), bootstrap_parts(acc, lambda values, shares: shares @ values, n_boot=40_000)
+    acc = simulate(np.random.default_rng(3), 4, 150, 0.0)
+    exact, resampled = variance_parts(acc), bootstrap_parts(acc, np.mean, n_boot=10_000)
     assert resampled.seed == pytest.approx(exact.seed, rel=0.05)
     assert resampled.question == pytest.approx(exact.question, rel=0.05)
     assert resampled.rest == pytest.approx(exact.rest, rel=0.2)
