@@ -127,13 +127,10 @@ def beside_measurement(t: Array, r: Array, prompt: Array, channel: Channel, *, s
     # from sums to means; the sum of A over the wrong completions is minus that over the right ones
     right, wrong = k.sum(), groups * G - k.sum()
     per_right = 1 / right + 1 / wrong if right and wrong else np.nan
-    weights = GivenTrue(1 / groups, 1 / groups, 1 / groups, 1 / groups, per_right)
-    found = {}
-    for row, (name, weight) in enumerate(weights._asdict().items()):
-        sums = measured[row], predicted[row], se[row]
-        found[name] = Comparison(*(float(x * weight) for x in sums))
-    return {"silent": found["silent"], "spurious": found["spurious"], "energy": found["energy"],
-            "gap": found["right"]}
+    weights = np.array([1 / groups, 1 / groups, 1 / groups, 1 / groups, per_right])
+    means = np.transpose([measured, predicted, se] * weights).tolist()
+    silent, spurious, _, energy, gap = (Comparison(*of_one) for of_one in means)
+    return {"silent": silent, "spurious": spurious, "energy": energy, "gap": gap}
 
 
 def _variances_of_sums(k, prompt, G: int, channel: Channel, std: bool, eps: float) -> ndarray:

@@ -30,21 +30,18 @@ class Directions(NamedTuple):
     of_inputs: torch.Tensor
 
 
-
 def score_vectors(model, input_ids, attention_mask, completion_mask, *, temperature: float = 1.0,
-                  directions: int | list[Directions] = 0, seed: int = 0,
+                  directions: list[Directions] | None = None,
                   batch_size: int = 128) -> torch.Tensor:
     """Gradients of log pi(o_j) over the trained parameters, one row a completion: (n, parameters).
 
     input_ids, attention_mask, completion_mask: (n, length); the last marks the tokens of the
-    completion. Logits are divided by `temperature`, as TRL does. With `directions` > 0 each row is
-    projected onto that many random directions, which keeps scalar products on average; whole rows
-    are then never formed. Who calls this more than once draws them once (`random_directions`).
-    Raises ValueError if anything but weights of linear layers is trained.
+    completion. Logits are divided by `temperature`, as TRL does. With `directions`, drawn by
+    `random_directions`, each row is projected onto them, which keeps scalar products on average;
+    whole rows are then never formed. ValueError if anything but weights of linear layers is
+    trained.
     """
     layers = _trained_layers(model)
-    if isinstance(directions, int) and directions:
-        directions = random_directions(model, directions, seed)
     width = sum(layer.weight.numel() for layer in layers)
     if directions:
         width = directions[0].of_outputs.shape[1]

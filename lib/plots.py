@@ -64,14 +64,6 @@ def look(channel: str) -> dict:
     return {"color": colour, "marker": marker}
 
 
-def _need(frame: pd.DataFrame, *columns: str):
-    missing = sorted(set(columns) - set(frame.columns))
-    if missing:
-        raise ValueError(f"nothing to draw: the frame lacks the columns {missing}")
-    if frame.empty:
-        raise ValueError("nothing to draw: the frame has no rows")
-
-
 def _percent(fraction: float, _position=None) -> str:
     """Write a fraction in percent, with as many digits as keep the ticks of a narrow axis apart."""
     value = round(100 * fraction, 6) + 0.0  # + 0.0 makes 0 of -0
@@ -146,7 +138,6 @@ def noise_curve(table: pd.DataFrame, base: float | None = None,
     (bool) where arms have names of their own. `seeds`: channel, rate, value, a faint point a run.
     `base`: accuracy before training.
     """
-    _need(table, "channel", "rate", "estimate", "low", "high")
     last = table["rate"].max()
     table = _apart(table, last)
     seeds = seeds if seeds is None else _apart(seeds, last)
@@ -170,7 +161,6 @@ def j_axis(table: pd.DataFrame, base: float | None = None,
     for `noise_curve`, with column J; arms without a J (controls) are left out. ValueError with the
     reason where such a figure would say nothing.
     """
-    _need(table, "channel", "rate", "J", "estimate", "low", "high")
     table = table.dropna(subset="J").round({"J": 6})  # 1 - .3 - .3 is not .4 in floats
     if table["J"].nunique() < 2:
         raise ValueError("J does not vary between these arms")
@@ -213,7 +203,6 @@ def arm_accuracies(table: pd.DataFrame, base: float | None = None,
     `table`: arm, channel, estimate, low, high. `seeds`: arm, value, a faint point a run.
     `base`: accuracy before training, the dashed line.
     """
-    _need(table, "arm", "channel", "estimate", "low", "high")
     arms = _by_effect(table, "estimate")
     table = table.assign(y=table["arm"].map(arms.index))
     fig, ax = plt.subplots(figsize=(8, 1.3 + _row_height(arms, 0.3) * len(arms)))
@@ -267,8 +256,6 @@ def paired_differences(table: pd.DataFrame, alpha: float = 0.05) -> Figure:
     `table`: arm, channel, reference ("clean" without it), difference, difference_low,
     difference_high, p_holm (a point is filled below `alpha`), mde (half-width of the grey band).
     """
-    _need(table, "arm", "channel", "difference", "difference_low", "difference_high", "p_holm",
-          "mde")
     fig, panels = _difference_panels(table, 0.3)
     for ax, part in panels:
         ax.barh(part["y"], 2 * part["mde"], left=-part["mde"], color="0.88", zorder=0)
@@ -289,7 +276,6 @@ def by_difficulty(table: pd.DataFrame) -> Figure:
     `table`: arm, difficulty, difference, low, high, and reference ("clean" without it). A chain
     that leans to the left loses more on hard problems.
     """
-    _need(table, "arm", "difficulty", "difference", "low", "high")
     names = sorted(table["difficulty"].unique())
     offsets = dict(zip(names, np.linspace(-0.32, 0.32, len(names)), strict=True))
     shades = dict(zip(names, sns.color_palette("crest", len(names)), strict=True))
@@ -313,7 +299,6 @@ def beside_theory(table: pd.DataFrame) -> Figure:
     `table`: arm, channel, quantity (a key of QUANTITIES), measured, predicted, se (standard error).
     Bars are 1.96 standard errors, often shorter than the point is wide.
     """
-    _need(table, "arm", "channel", "quantity", "measured", "predicted", "se")
     arms = list(table["arm"].unique())
     table = table.assign(y=table["arm"].map(arms.index), low=table["measured"] - 1.96 * table["se"],
                          high=table["measured"] + 1.96 * table["se"])
@@ -343,7 +328,6 @@ def training_curves(metrics: pd.DataFrame, arms: list[str] | None = None) -> Fig
     `metrics`: arm, run_id, step, clean_mean, observed_mean. Each run is smoothed over a twentieth
     of its logged steps.
     """
-    _need(metrics, "arm", "run_id", "step", "clean_mean", "observed_mean")
     metrics = metrics.dropna(subset="clean_mean")
     arms = list(metrics["arm"].unique() if arms is None else arms)
     window = max(1, metrics["step"].nunique() // 20)

@@ -12,12 +12,16 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import pyarrow.compute as pc
+import pyarrow as pa
 import pyarrow.parquet as pq
 import scipy.stats
+from scipy.sparse.csgraph import connected_components
 
 from lib import noise, stats
 
+GRADED = pa.schema([
+    *((name, pa.string()) for name in ("decoding", "run_id", "sample_id", "level")),
+    ("exact", pa.bool_()), ("symbolic", pa.bool_())])
 ABOUT_A_RUN = {"run_id", "arm", "channel", "rate", "reference", "named", "status", "J"}
 ALPHA = 0.05
 REPLICATE = {"seed", "base_seed", "noise_seed", "output_dir", "report_to"}  # vary within an arm
@@ -60,29 +64,22 @@ def count_answers(path: Path) -> Answers:
     """Count the answers in eval.parquet, one row group at a time."""
     file = pq.ParquetFile(path)
     counted = [_count_row_group(file, i) for i in range(file.num_row_groups)]
-    counts = pd.concat([counts for counts, _ in counted]).fillna(0).astype("uint16")
-    if counts.index.has_duplicates:  # a policy's answers lie in several row groups
-        counts = counts.groupby(level=["decoding", "run_id"]).sum()
-    counts = counts.sort_index().sort_index(axis=1)
-    difficulty = pd.concat([of for _, of in counted]).groupby(level="sample_id").first()
+    counts, difficulties = zip(*counted, strict=True)
+    counts = pd.concat(counts).groupby(level=["decoding", "run_id"]).sum()
+    counts = counts.sort_index(axis=1).astype("uint16")
+    difficulty = pd.concat(difficulties).groupby(level="sample_id").first()
     return Answers(*(counts[name] for name in Answers._fields[:4]), difficulty)
 
 
 def _count_row_group(file: pq.ParquetFile, i: int) -> tuple[pd.DataFrame, pd.Series]:
     """Counts, a row a (decoding, run_id), and the difficulty of each sample_id, in a row group."""
-    keys = ["decoding", "run_id", "sample_id"]
-    answers = file.read_row_group(i, columns=[*keys, "level", "exact", "symbolic"])
-    for name in (*keys, "level"):
-        place = answers.schema.get_field_index(name)
-        answers = answers.set_column(place, name, answers[name].cast("string"))
-    answers = answers.append_column("differ", pc.not_equal(answers["exact"], answers["symbolic"]))
-
-    sums = [("exact", "count"), ("exact", "sum"), ("symbolic", "sum"), ("differ", "sum")]
-    counts = answers.group_by(keys).aggregate(sums).to_pandas().set_index(keys)
-    counts.columns = Answers._fields[:4]
-    levels = answers.group_by(["sample_id", "level"]).aggregate([]).to_pandas()
-    return (counts.astype("uint16").unstack("sample_id", fill_value=0),
-            levels.set_index("sample_id")["level"])
+    answers = file.read_row_group(i, GRADED.names).select(GRADED.names).cast(GRADED).to_pandas()
+    answers["differ"] = answers["exact"] != answers["symbolic"]
+    grouped = answers.groupby(["decoding", "run_id", "sample_id"])
+    counts = grouped[["exact", "symbolic", "differ"]].sum()
+    counts.insert(0, "n", grouped.size())
+    difficulty = answers.groupby("sample_id")["level"].first()
+    return counts.astype("uint16").unstack("sample_id", fill_value=0), difficulty
 
 
 def accuracy_matrix(answers: Answers, runs: pd.DataFrame, arm: str, decoding: str = "sampled",
@@ -231,14 +228,11 @@ def same_arms(study: Study, single_visits: set[str]) -> list[list[str]]:
     by_prompt = (settings["noise_level"] == "prompt") & ~settings.index.isin(again)
     settings.loc[by_prompt, "noise_level"] = "group"
 
-    groups: list[tuple[set, list[str]]] = []  # what its arms have in common, and the arms
-    for arm, values in settings.iterrows():
-        marks, names = {tuple(values), study.matrices[arm].to_numpy().tobytes()}, [arm]
-        for group in [g for g in groups if g[0] & marks]:
-            groups.remove(group)
-            marks, names = marks | group[0], [*group[1], *names]
-        groups.append((marks, names))
-    return [names for _, names in groups]
+    accuracies = [study.matrices[arm].to_numpy().tobytes() for arm in settings.index]
+    codes = pd.factorize(settings.agg(tuple, axis=1))[0], pd.factorize(np.array(accuracies))[0]
+    equal = np.any([np.equal.outer(code, code) for code in codes], axis=0)
+    _, group = connected_components(equal)
+    return [list(names) for names in settings.groupby(group, sort=False).groups.values()]
 
 
 def mean_of_names(values: pd.DataFrame, groups: list[list[str]]) -> pd.DataFrame:
@@ -249,12 +243,11 @@ def mean_of_names(values: pd.DataFrame, groups: list[list[str]]) -> pd.DataFrame
 
 def losses(study: Study) -> pd.DataFrame:
     """Accuracy minus that of the reference's run of the same seed: arm x (base_seed, seed)."""
-    means = {arm: matrix.mean(axis=1) for arm, matrix in study.matrices.items()}
-    found = {}
-    for arm, reference in study.arms["reference"].items():
-        if reference in means and reference != arm:
-            found[arm] = (means[arm] - means[reference]).dropna()
-    return pd.DataFrame(found).T.dropna(how="all")
+    means = pd.DataFrame({arm: matrix.mean(axis=1) for arm, matrix in study.matrices.items()}).T
+    reference = study.arms["reference"]
+    compared = reference[reference.isin(means.index) & (reference != reference.index)]
+    found = means.loc[compared.index] - means.loc[compared].to_numpy()
+    return found.dropna(how="all").dropna(axis=1, how="all")
 
 
 def by_difficulty(study: Study) -> pd.DataFrame:

@@ -6,7 +6,7 @@ None: withheld.
 """
 
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,13 +68,14 @@ def majority_reward(answers: list[str | None], groups) -> np.ndarray:
     answers, groups: n answers and the problems they belong to. Answers are normalised, a missing
     one never wins, and a tie goes to the answer given first (TTRL, arXiv 2504.16084).
     """
-    said = [normalize(answer or "") for answer in answers]
-    votes: dict[Any, Counter] = defaultdict(Counter)
-    for group, answer in zip(groups, said, strict=True):
-        if answer:
-            votes[group][answer] += 1
-    winner = {group: counts.most_common(1)[0][0] for group, counts in votes.items()}
-    return np.array([answer == winner.get(g) for g, answer in zip(groups, said, strict=True)], int)
+    said = pd.Series([normalize(answer or "") for answer in answers], dtype=object)
+
+    def winner(of_group: pd.Series) -> str:
+        votes = Counter(of_group[of_group != ""])
+        return max(votes, key=votes.get, default="")
+
+    won = said.groupby(list(groups)).transform(winner)
+    return ((said == won) & (said != "")).to_numpy(int)
 
 
 _WHOLE_NUMBER = re.compile(r"\s*[+-]?[0-9]{1,1000}\s*")
@@ -220,18 +221,14 @@ def realised_rates(true_reward, observed_reward) -> dict[str, float]:
 
     Withheld rewards are NaN and count for the clean mean only. NaN where a rate is undefined.
     """
-    t, r = np.asarray(true_reward), np.asarray(observed_reward, float)
-    shown = ~np.isnan(r)
-    return {
-        "clean_mean": _mean(t),
-        "observed_mean": _mean(r[shown]),
-        "realised_false_positive_rate": _mean(r[shown & (t == 0)] == 1),
-        "realised_false_negative_rate": _mean(r[shown & (t == 1)] == 0),
+    t, r = (pd.Series(np.asarray(x, float)) for x in (true_reward, observed_reward))
+    rates = {
+        "clean_mean": t.mean(),
+        "observed_mean": r.mean(),
+        "realised_false_positive_rate": r[t == 0].mean(),
+        "realised_false_negative_rate": (1 - r[t == 1]).mean(),
     }
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(np.mean(values)) if len(values) else float("nan")
+    return {name: float(rate) for name, rate in rates.items()}
 
 
 # --- what people do against noise -----------------------------------------------------------------

@@ -91,7 +91,8 @@ def test_random_directions_keep_scalar_products_on_average():
     model, batch = policy(), rollouts()
     exact = gradient.score_vectors(model, *batch)
     exact = exact @ exact.T
-    found = [gradient.score_vectors(model, *batch, directions=400, seed=seed) for seed in range(30)]
+    found = [gradient.score_vectors(model, *batch, directions=gradient.random_directions(model, 400, seed))
+             for seed in range(30)]
     products = torch.stack([x @ x.T for x in found])
     error = products.std(0) / 30**0.5
     assert ((products.mean(0) - exact).abs() < 5 * error).all()
@@ -101,7 +102,8 @@ def test_random_directions_keep_scalar_products_on_average():
 
 def test_batches_are_projected_onto_the_same_directions():
     model, batch = policy(), rollouts()
-    whole, parts = (gradient.score_vectors(model, *batch, directions=50, batch_size=size) for size in (12, 5))
+    drawn = gradient.random_directions(model, 50)
+    whole, parts = (gradient.score_vectors(model, *batch, directions=drawn, batch_size=size) for size in (12, 5))
     torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
 
 

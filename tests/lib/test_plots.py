@@ -318,13 +318,6 @@ def test_saved_figures_are_the_same_bytes(tmp_path):
     assert b"Software" not in first.read_bytes() and b"matplotlib" not in first.read_bytes()
 
 
-def test_missing_columns_and_rows_are_named():
-    with pytest.raises(ValueError, match=r"lacks the columns \['low'\]"):
-        plots.noise_curve(table().drop(columns="low"))
-    with pytest.raises(ValueError, match="no rows"):
-        plots.paired_differences(table().iloc[:0])
-
-
 @given(arrays(float, st.integers(1, 12), elements=st.floats(-1e3, 1e3)), st.floats(0.1, 50))
 def test_labels_spread_no_further_than_they_must(heights, distance):
     heights = np.sort(heights)
