@@ -43,9 +43,9 @@ class Comparison(NamedTuple):
     se: float
 
 
-def _signals(t: ndarray, r: ndarray, std: bool, eps: float) -> ndarray:
+def _signals(t: ndarray, r: ndarray, std: bool) -> ndarray:
     """The five quantities of `GivenTrue` as groups (groups, G) show them; shape (5, groups)."""
-    A = theory.advantages(r, std=std, eps=eps)
+    A = theory.advantages(r, std=std)
     mixed = (r == 1).any(axis=1) & (r == 0).any(axis=1)
     truly_mixed = (t == 1).any(axis=1) & (t == 0).any(axis=1)
     energy, right = (A**2).mean(axis=1), (A * t).sum(axis=1)
@@ -80,33 +80,32 @@ def outcomes(k: int, G: int, channel: Channel) -> tuple[ndarray, ndarray]:
 
 
 @lru_cache(maxsize=256)
-def _enumerated(G: int, channel: Channel, std: bool, eps: float) -> list[tuple[ndarray, ndarray]]:
+def _enumerated(G: int, channel: Channel, std: bool) -> list[tuple[ndarray, ndarray]]:
     """For k = 0..G right completions: probabilities (outcomes,) and signals (5, outcomes)."""
     found = []
     for k in range(G + 1):
         p, rewards = outcomes(k, G, channel)
         t = np.broadcast_to(np.arange(G) < k, rewards.shape)
-        found.append((p, _signals(t, rewards, std, eps)))
+        found.append((p, _signals(t, rewards, std)))
     return found
 
 
-def given_true(k: Array, G: int, channel: Channel, *, std: bool = True,
-               eps: float = 0.0) -> GivenTrue:
+def given_true(k: Array, G: int, channel: Channel, *, std: bool = True) -> GivenTrue:
     """What to expect of groups with k right completions of G; k whole numbers, any shape.
 
     Exact, by enumeration of all rewards that the channel can show. Averaged over k ~ Bin(G, q) it
-    gives the functions of lib.theory; the gap is then E[right] / (G q (1-q)).
+    gives the functions of lib.theory, but for TRL's epsilon. The gap is then E[right]/(G q (1-q)).
     """
     theory.group_size(G)
     k = np.asarray(k)
     if not np.all((k >= 0) & (k <= G) & (k == np.floor(k))):
         raise ValueError(f"k counts the right completions of a group: whole numbers from 0 to {G}.")
-    means = [signals @ p for p, signals in _enumerated(int(G), channel, std, eps)]
+    means = [signals @ p for p, signals in _enumerated(int(G), channel, std)]
     return GivenTrue(*np.stack(means, axis=1)[:, k.astype(int)])
 
 
-def beside_measurement(t: Array, r: Array, prompt: Array, channel: Channel, *, std: bool = True,
-                       eps: float = theory.EPSILON) -> dict[str, Comparison]:
+def beside_measurement(t: Array, r: Array, prompt: Array, channel: Channel, *,
+                       std: bool = True) -> dict[str, Comparison]:
     """Measured groups beside the prediction from their true rewards: silent, spurious, energy, gap.
 
     t, r: true and observed rewards (groups, G), NaN withheld; prompt: what each group answers
@@ -120,9 +119,9 @@ def beside_measurement(t: Array, r: Array, prompt: Array, channel: Channel, *, s
     t, r = np.asarray(t, dtype=float), np.asarray(r, dtype=float)
     groups, G = t.shape
     k = t.sum(axis=1).astype(int)
-    measured = _signals(t, r, std, eps).sum(axis=1)
-    predicted = np.sum(given_true(k, G, channel, std=std, eps=eps), axis=1)
-    se = np.sqrt(_variances_of_sums(k, np.asarray(prompt), G, channel, std, eps))
+    measured = _signals(t, r, std).sum(axis=1)
+    predicted = np.sum(given_true(k, G, channel, std=std), axis=1)
+    se = np.sqrt(_variances_of_sums(k, np.asarray(prompt), G, channel, std))
 
     # from sums to means; the sum of A over the wrong completions is minus that over the right ones
     right, wrong = k.sum(), groups * G - k.sum()
@@ -133,9 +132,9 @@ def beside_measurement(t: Array, r: Array, prompt: Array, channel: Channel, *, s
     return {"silent": silent, "spurious": spurious, "energy": energy, "gap": gap}
 
 
-def _variances_of_sums(k, prompt, G: int, channel: Channel, std: bool, eps: float) -> ndarray:
+def _variances_of_sums(k, prompt, G: int, channel: Channel, std: bool) -> ndarray:
     """Variances (5,) of the signals' sums over all groups, given their k."""
-    enumerated = _enumerated(G, channel, std, eps)
+    enumerated = _enumerated(G, channel, std)
     if channel.noise_level != "prompt":
         variances = [signals**2 @ p - (signals @ p) ** 2 for p, signals in enumerated]
         return np.maximum(np.stack(variances, axis=1), 0.0)[:, k].sum(axis=1)

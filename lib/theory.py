@@ -4,9 +4,9 @@ The setting of every function: G completions of one prompt have independent true
 1 with probability q. The channel shows r_i, with false-positive rate a = P(r=1 | t=0) and
 false-negative rate b = P(r=0 | t=1). J = 1-a-b is Youden's index, and s = a + J q is P(r=1).
 
-With ``std`` the advantage is A_i = (r_i - mean r) / (sd r + eps) (GRPO, arXiv 2402.03300; TRL takes
-the Bessel-corrected sd of the group and eps = 1e-4). Without it A_i = r_i - mean r (Dr. GRPO, arXiv
-2503.20783). ``eps`` is 0 by default: TRL's value shrinks advantages by less than 1e-4 sqrt(G).
+With ``std`` the advantage is A_i = (r_i - mean r) / sd r, with the Bessel-corrected sd of the group
+(GRPO, arXiv 2402.03300). TRL adds 1e-4 to the sd, which shrinks advantages by a share of less than
+1e-4 sqrt(G). Without ``std`` A_i = r_i - mean r (Dr. GRPO, arXiv 2503.20783).
 
 ``noise_level`` says who shares a draw u. At "rollout" each completion has its own. At "group" all
 completions of a prompt visit share one: t=0 changes if u < a, and t=1 if u < b. "prompt" is like
@@ -14,8 +14,8 @@ completions of a prompt visit share one: t=0 changes if u < a, and t=1 if u < b.
 the same noise level: that completion gets advantage 0, and mean and sd come from the others.
 
 Arguments are scalars or arrays and broadcast together. q, a, b, abstain: probabilities. G: whole
-number >= 2, or np.inf for the limit. Results are float64 of the broadcast shape. A ValueError names
-a bad argument. notebooks/helpers/theory.ipynb derives the formulas and checks them by simulation.
+number >= 2. Results are float64 of the broadcast shape. A ValueError names a bad argument.
+notebooks/helpers/theory.ipynb derives the formulas and checks them by simulation.
 """
 
 from typing import NamedTuple
@@ -34,8 +34,8 @@ TINY = np.finfo(float).tiny  # in place of 0 under a logarithm, because log(0) t
 def group_size(G: Array) -> ndarray:
     """G as a float array; ValueError if it is no group size."""
     size = np.asarray(G, dtype=float)
-    if not np.all((size >= 2) & (size == np.floor(size))):
-        raise ValueError(f"G is the group size: whole numbers of at least 2, or np.inf, not {G!r}.")
+    if not np.all((size >= 2) & (size == np.floor(size)) & np.isfinite(size)):
+        raise ValueError(f"G is the group size: whole numbers of at least 2, not {G!r}.")
     return size
 
 
@@ -77,21 +77,17 @@ class Sums(NamedTuple):
     zeros: ndarray
 
 
-def _sums(s, G, m, std: bool, eps: float) -> Sums:
+def _sums(s, G, m, std: bool) -> Sums:
     """`Sums` for success rates s, group sizes G and withheld shares m, broadcast."""
     s, G, m = np.broadcast_arrays(s, G, m)
     sums = np.zeros((4, *s.shape))
     for size in np.unique(G):
         here = G == size
-        if np.isinf(size):  # k/n is s and n/G is 1-m: nothing varies, and only the pull is not 0
-            with np.errstate(divide="ignore"):
-                sums[0, here] = (1 - m[here]) / _scale(s[here] * (1 - s[here]), std, eps)
-        else:
-            sums[:, here] = _sums_of_one_size(s[here], m[here], int(size), std, eps)
+        sums[:, here] = _sums_of_one_size(s[here], m[here], int(size), std)
     return Sums(*sums)
 
 
-def _sums_of_one_size(s, m, G: int, std: bool, eps: float) -> ndarray:
+def _sums_of_one_size(s, m, G: int, std: bool) -> ndarray:
     """The four sums over n rewards shown, of which k are 1; shape (4, number of s).
 
     The factor 1/(s (1-s)) goes into the binomial probability, C(n,k) s^(k-1) (1-s)^(n-k-1), so that
@@ -107,21 +103,16 @@ def _sums_of_one_size(s, m, G: int, std: bool, eps: float) -> ndarray:
         for k in range(1, n):
             log_p = log_n + _log_binomial(n, k) + (k - 1) * log_one + (n - k - 1) * log_zero
             probability = withheld * np.exp(log_p)
-            sums += probability * _terms(k, n, G, std, eps)[:, None]
+            sums += probability * _terms(k, n, G, std)[:, None]
     return sums
 
 
-def _terms(k: int, n: int, G: int, std: bool, eps: float) -> ndarray:
+def _terms(k: int, n: int, G: int, std: bool) -> ndarray:
     """What `Sums` averages, for a group of G with n rewards shown, of which k are 1."""
-    scale = _scale(k * (n - k) / (n * (n - 1)), std, eps)
+    scale = np.sqrt(k * (n - k) / (n * (n - 1))) if std else 1.0
     of_one, of_zero = (1 - k / n) / scale / G, k / n / scale / G  # A+ / G and -A- / G
     pull = k * of_one
     return np.array([pull, pull**2, k * of_one**2, (n - k) * of_zero**2])
-
-
-def _scale(variance, std: bool, eps: float):
-    """What a centred reward is divided by."""
-    return np.sqrt(variance) + eps if std else 1.0
 
 
 def _log_binomial(n: int, k: int) -> float:
@@ -137,7 +128,7 @@ def _shared_sign(a, b, m) -> tuple[ndarray, ndarray]:
 
 
 def advantage_gap(q: Array, a: Array, b: Array, G: Array, *, std: bool = True,
-                  noise_level: str = "rollout", abstain: Array = 0.0, eps: float = 0.0) -> ndarray:
+                  noise_level: str = "rollout", abstain: Array = 0.0) -> ndarray:
     """Delta = E[A | t=1] - E[A | t=0], in units of the advantage: what a right answer is worth.
 
     Without std it is J (G-1)/G. With std it is J Phi / (s (1-s)), and J / sqrt(s (1-s)) as G grows.
@@ -145,33 +136,29 @@ def advantage_gap(q: Array, a: Array, b: Array, G: Array, *, std: bool = True,
     """
     q, a, b, G, m = _inputs(q, a, b, G, abstain, noise_level)
     if noise_level == "rollout":
-        factor, sums = youden(a, b), _sums(observed_rate(q, a, b), G, m, std, eps)
+        factor, sums = youden(a, b), _sums(observed_rate(q, a, b), G, m, std)
     else:
-        (factor, _), sums = _shared_sign(a, b, m), _sums(q, G, 0.0, std, eps)
-    return factor * np.where(factor == 0, 0.0, sums.pull)  # G = inf at s = 0 or 1: 0 times infinity
+        (factor, _), sums = _shared_sign(a, b, m), _sums(q, G, 0.0, std)
+    return factor * sums.pull
 
 
 def update_energy(q: Array, a: Array, b: Array, G: Array, *, std: bool = True,
-                  noise_level: str = "rollout", abstain: Array = 0.0, eps: float = 0.0) -> ndarray:
+                  noise_level: str = "rollout", abstain: Array = 0.0) -> ndarray:
     """E[A^2], the mean squared advantage of a completion: how hard the update pushes, also wrongly.
 
     Rollout level: (G-1)/G (1-P0) with std, s (1-s) (G-1)/G without.
     """
     q, a, b, G, m = _inputs(q, a, b, G, abstain, noise_level)
     if noise_level == "rollout":
-        return _energy(observed_rate(q, a, b), G, m, std, eps)
+        return _energy(observed_rate(q, a, b), G, m, std)
     _, squared_sign = _shared_sign(a, b, m)
-    return squared_sign * _energy(q, G, 0.0, std, eps)
+    return squared_sign * _energy(q, G, 0.0, std)
 
 
-def _energy(s, G, m, std: bool, eps: float) -> ndarray:
+def _energy(s, G, m, std: bool) -> ndarray:
     """E[A^2] where rewards are 1 with probability s and each is withheld with probability m."""
-    variance = s * (1 - s)
-    sums = _sums(s, G, m, std, eps)
-    with np.errstate(invalid="ignore"):  # 0/0 and inf * 0, both on the side that np.where drops
-        scaled = np.where(variance > 0, variance / _scale(variance, std, eps) ** 2, 0.0)
-        finite = G * variance * (sums.ones + sums.zeros)
-        return np.where(np.isinf(G), (1 - m) * scaled, finite)[()]
+    sums = _sums(s, G, m, std)
+    return G * s * (1 - s) * (sums.ones + sums.zeros)
 
 
 def _silent(s, G, m) -> ndarray:
@@ -221,14 +208,14 @@ def lost_groups(q: Array, a: Array, b: Array, G: Array, *, noise_level: str = "r
     return np.maximum(silent - kept, 0.0)
 
 
-def _x_moments(q, a, b, G, m, std: bool, eps: float) -> tuple[ndarray, ndarray]:
+def _x_moments(q, a, b, G, m, std: bool) -> tuple[ndarray, ndarray]:
     """Mean and variance of X = (1/G) sum_i A_i t_i under rollout-level noise.
 
     Given r the t_i are independent: P(t=1 | r=1) = q (1-b)/s and P(t=1 | r=0) = q b/(1-s). The
     variance is that of E[X | r] = J q (1-q) B / (s (1-s)) plus the mean of Var[X | r].
     """
     s = observed_rate(q, a, b)
-    observed_variance, sums = s * (1 - s), _sums(s, G, m, std, eps)
+    observed_variance, sums = s * (1 - s), _sums(s, G, m, std)
     varies = observed_variance > 0
     divisor = np.where(varies, observed_variance, 1.0)
 
@@ -239,11 +226,11 @@ def _x_moments(q, a, b, G, m, std: bool, eps: float) -> tuple[ndarray, ndarray]:
     of_zeros = b * (1 - a) * s**2 * sums.zeros
     given_rewards = q * (1 - q) * (of_ones + of_zeros) / divisor
     variance = given_rewards + signal**2 * sums.pull_squared / divisor - mean**2
-    return mean, np.where(varies & np.isfinite(G), np.maximum(variance, 0.0), 0.0)
+    return mean, np.where(varies, np.maximum(variance, 0.0), 0.0)
 
 
 def signal_to_noise(q: Array, a: Array, b: Array, G: Array, *, std: bool = True,
-                    noise_level: str = "rollout", abstain: Array = 0.0, eps: float = 0.0,
+                    noise_level: str = "rollout", abstain: Array = 0.0,
                     visits: Array = 1.0) -> ndarray:
     """E[X] / sd(X) of X = (1/G) sum_i A_i (t_i - q), averaged over ``visits`` groups of one prompt.
 
@@ -252,17 +239,17 @@ def signal_to_noise(q: Array, a: Array, b: Array, G: Array, *, std: bool = True,
 
     Visits cure rollout and group noise as sqrt(visits), but a prompt keeps its sign. As G grows,
     group noise leaves J / sqrt(1 - |a-b| - J^2) a visit: J / sqrt(1 - J^2) for flips. 0 where
-    E[X] = 0 (J = 0, or q is 0 or 1); infinite where X does not vary (G = inf, no shared noise).
+    E[X] = 0 (J = 0, or q is 0 or 1).
     """
     q, a, b, G, m = _inputs(q, a, b, G, abstain, noise_level)
     visits = np.asarray(visits, dtype=float)
     if not np.all(visits >= 1):
         raise ValueError(f"visits is a number of groups: at least 1, not {visits.tolist()}.")
     if noise_level == "rollout":
-        mean, variance = _x_moments(q, a, b, G, m, std, eps)
+        mean, variance = _x_moments(q, a, b, G, m, std)
         variance = variance / visits
     else:  # X is c times the clean X
-        clean_mean, clean_variance = _x_moments(q, 0.0, 0.0, G, 0.0, std, eps)
+        clean_mean, clean_variance = _x_moments(q, 0.0, 0.0, G, 0.0, std)
         c, c_squared = _shared_sign(a, b, m)
         mean = c * clean_mean
         from_sign = np.maximum(c_squared - c * c, 0.0) * clean_mean**2
@@ -273,13 +260,13 @@ def signal_to_noise(q: Array, a: Array, b: Array, G: Array, *, std: bool = True,
 
 
 def prompt_budget(q: Array, a: Array, b: Array, G: Array, *, std: bool = True,
-                  noise_level: str = "rollout", abstain: Array = 0.0, eps: float = 0.0,
+                  noise_level: str = "rollout", abstain: Array = 0.0,
                   visits: Array = 1.0) -> ndarray:
     """How many times more prompts make up for the noise: (SNR clean / SNR noisy)^2.
 
-    Infinite where J <= 0; nan where q is 0 or 1, or where both ratios are infinite (G = inf).
+    Infinite where J <= 0; nan where q is 0 or 1.
     """
-    scale = {"std": std, "eps": eps, "visits": visits}
+    scale = {"std": std, "visits": visits}
     clean = signal_to_noise(q, 0.0, 0.0, G, **scale)
     noisy = signal_to_noise(q, a, b, G, noise_level=noise_level, abstain=abstain, **scale)
     hopeless = (clean > 0) & (noisy <= 0)
