@@ -29,6 +29,7 @@ from scipy import optimize, special, stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
+CONFIDENCE = 0.95
 SMALLEST_P = 1e-12
 
 
@@ -126,7 +127,7 @@ def middle_mean(acc: np.ndarray) -> float:
 
 # ---- intervals, tests, effect sizes
 
-def half_width(parts: Parts, confidence: float = 0.95) -> float:
+def half_width(parts: Parts, confidence: float = CONFIDENCE) -> float:
     """Half-width of the interval, in units of the estimate (Howe 1974). NaN with one seed."""
     if parts.seeds < 2:
         return np.nan
@@ -136,16 +137,16 @@ def half_width(parts: Parts, confidence: float = 0.95) -> float:
     return float(np.sqrt(from_seeds + t_question**2 * parts.question))
 
 
-def interval(estimate: float, parts: Parts, confidence: float = 0.95) -> Interval:
+def interval(estimate: float, parts: Parts, confidence: float = CONFIDENCE) -> Interval:
     """Symmetric interval around an estimate, not clipped to [0, 1]; NaN bounds with one seed."""
     half = half_width(parts, confidence)
     return Interval(float(estimate), float(estimate - half), float(estimate + half), parts)
 
 
-def mean_interval(acc: np.ndarray, confidence: float = 0.95) -> Interval:
+def mean_interval(acc: np.ndarray) -> Interval:
     """Mean accuracy of `acc` (seeds, questions) with its interval for new seeds and questions."""
     acc = np.asarray(acc, dtype=float)
-    return interval(acc.mean(), variance_parts(acc), confidence)
+    return interval(acc.mean(), variance_parts(acc))
 
 
 def p_value(estimate: float, parts: Parts) -> float:
@@ -204,7 +205,7 @@ def pair(clean: pd.DataFrame, noisy: pd.DataFrame) -> tuple[np.ndarray, np.ndarr
 
 
 def paired_difference(clean: pd.DataFrame, noisy: pd.DataFrame,
-                      confidence: float = 0.95) -> Difference:
+                      confidence: float = CONFIDENCE) -> Difference:
     """Noisy minus clean accuracy, paired on replicate and question (`report.accuracy_matrix`).
 
     What a seed or a question does to both arms cancels before any variance is taken.
@@ -226,12 +227,11 @@ def holm(p: np.ndarray) -> np.ndarray:
     return adjusted
 
 
-def binomial_interval(successes: int, trials: int,
-                      confidence: float = 0.95) -> tuple[float, float, float]:
+def binomial_interval(successes: int, trials: int) -> tuple[float, float, float]:
     """Rate of independent draws with its exact Clopper-Pearson bounds; (NaN, 0, 1) for no draw."""
     if trials == 0:
         return float("nan"), 0.0, 1.0
-    low, high = proportion_confint(successes, trials, 1 - confidence, method="beta")
+    low, high = proportion_confint(successes, trials, 1 - CONFIDENCE, method="beta")
     return successes / trials, float(low), float(high)
 
 
@@ -265,7 +265,7 @@ def variance_prior(variances: np.ndarray, degrees: np.ndarray) -> Prior:
     return Prior(float(variance), float(d0))
 
 
-def moderated(differences: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
+def moderated(differences: pd.DataFrame) -> pd.DataFrame:
     """Mean of each contrast, its interval and p value, with a moderated variance.
 
     differences: seeds x contrasts, such as noisy minus clean accuracy of each seed; NaN where a run
@@ -286,7 +286,7 @@ def moderated(differences: pd.DataFrame, confidence: float = 0.95) -> pd.DataFra
     total = (prior.degrees + degrees).clip(upper=degrees.clip(lower=0).sum())
     error = np.sqrt(pooled / n)
     estimate = differences.mean()
-    half = stats.t.ppf(1 - (1 - confidence) / 2, total) * error
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, total) * error
     return pd.DataFrame({
         "estimate": estimate, "low": estimate - half, "high": estimate + half,
         "p": 2 * stats.t.sf((estimate / error).abs(), total),
@@ -307,7 +307,7 @@ def equivalence_p(table: pd.DataFrame, margin: float) -> pd.Series:
 # ---- which prediction orders the arms best
 
 def rank_correlations(predicted: pd.DataFrame, measured: pd.DataFrame, n_boot: int = 2000,
-                      confidence: float = 0.95, seed: int = 0) -> pd.DataFrame:
+                      seed: int = 0) -> pd.DataFrame:
     """Spearman's correlation of each predictor with the measured means, and their differences.
 
     `predicted`: arm x predictor. `measured`: the same arms x replicate, NaN where a run is missing.
@@ -328,7 +328,7 @@ def rank_correlations(predicted: pd.DataFrame, measured: pd.DataFrame, n_boot: i
     n, r = values.shape
     with np.errstate(invalid="ignore"):  # a resample of one arm only has no order
         drawn = [compare(rng.integers(n, size=n), rng.integers(r, size=r)) for _ in range(n_boot)]
-    tail = (1 - confidence) / 2
+    tail = (1 - CONFIDENCE) / 2
     low, high = np.nanquantile(drawn, [tail, 1 - tail], axis=0)
     pairs = [f"{a} − {b}" for a, b in combinations(names, 2)]
     return pd.DataFrame({"estimate": compare(np.arange(n), np.arange(r)), "low": low, "high": high},
@@ -337,14 +337,13 @@ def rank_correlations(predicted: pd.DataFrame, measured: pd.DataFrame, n_boot: i
 
 # ---- aggregates of rliable (Agarwal et al. 2021, arXiv 2108.13264), with questions as tasks
 
-def iqm(acc: np.ndarray, n_boot: int = 2000, confidence: float = 0.95, seed: int = 0) -> Interval:
+def iqm(acc: np.ndarray, n_boot: int = 2000, seed: int = 0) -> Interval:
     """Interquartile mean over all (seed, question) accuracies: the mean of the middle half."""
     acc = np.asarray(acc, dtype=float)
-    parts = bootstrap_parts(acc, middle_mean, n_boot, seed)
-    return interval(middle_mean(acc), parts, confidence)
+    return interval(middle_mean(acc), bootstrap_parts(acc, middle_mean, n_boot, seed))
 
 
-def probability_of_improvement(x: np.ndarray, y: np.ndarray, confidence: float = 0.95) -> Interval:
+def probability_of_improvement(x: np.ndarray, y: np.ndarray) -> Interval:
     """P(X > Y) + P(X = Y)/2 for a random run of each arm, mean over questions; x (n, Q), y (m, Q).
 
     Runs of the two arms count as independent, which is wide when they share seeds. The variance
@@ -361,5 +360,5 @@ def probability_of_improvement(x: np.ndarray, y: np.ndarray, confidence: float =
     of_x, of_y = variance_parts(x_wins), variance_parts(y_loses)
     parts = Parts(of_x.seed + of_y.seed, min(of_x.question, of_y.question), of_x.rest + of_y.rest,
                   min(len(x), len(y)), x.shape[1])
-    estimate, low, high, _ = interval(x_wins.mean(), parts, confidence)
+    estimate, low, high, _ = interval(x_wins.mean(), parts)
     return Interval(estimate, float(np.clip(low, 0, 1)), float(np.clip(high, 0, 1)), parts)
