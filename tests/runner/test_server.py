@@ -361,10 +361,11 @@ def test_evaluation_asks_each_adapter_in_turn(client, base, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("completions", [4, 300, 1024])
-def test_the_largest_batch_of_a_server_has_a_cuda_graph(completions):
+def test_the_largest_batch_of_a_server_has_a_cuda_graph_and_prompts_beside_it_too(completions):
     """A larger one would be computed without a graph."""
     serving = server.Serving(source="model", length=64, rank=16, adapters=2, completions=completions)
     options = server.Server._options(SimpleNamespace(port=1), serving, 0.2)
     sizes = json.loads(options[options.index("--compilation-config") + 1])["cudagraph_capture_sizes"]
     at_most = int(options[options.index("--max-num-seqs") + 1])
-    assert sizes == sorted(set(sizes)) and max(sizes) == completions == at_most
+    assert sizes == sorted(set(sizes)) and completions in sizes and completions == at_most
+    assert max(sizes) == 2048
