@@ -29,7 +29,7 @@ from runner.rollouts import request_seed
 
 STUDIES = ("math-pairs", "math-natural", "math-curve", "math-exploit")
 CUE = studies.load_study("math-exploit", "qwen2.5-coder-1.5b")[1][-1].cue
-GROUPS_A_STEP, RESAMPLES = 16, 400
+RESAMPLES = 400
 
 
 def answers(params, tokenizer, problems, stops, adapter: str | None) -> list[list[list[int]]]:
@@ -109,12 +109,12 @@ def under_rewards(scores: np.ndarray, rewarded: np.ndarray) -> tuple[np.ndarray,
     return mean, (mean**2).sum(1)
 
 
-def row(mean, square, reference, chosen: np.ndarray, draws: np.ndarray) -> dict[str, float]:
-    """Cosine, length and signal-to-noise of a step on the chosen problems, with intervals over problems."""
+def row(mean, square, reference, of_step: int, chosen: np.ndarray, draws: np.ndarray) -> dict[str, float]:
+    """Cosine, length and signal-to-noise of a step of `of_step` groups on the chosen problems; intervals over problems."""
     p = gradient.Products(mean @ mean.T, mean @ reference.T, reference @ reference.T, (mean**2).sum(1), square,
                           np.ones(len(mean)))
     with np.errstate(invalid="ignore"):  # a resample may hold none of the chosen problems
-        one, many = (gradient.step(p, GROUPS_A_STEP, weights) for weights in (chosen, chosen * draws))
+        one, many = (gradient.step(p, of_step, weights) for weights in (chosen, chosen * draws))
         low, high = np.nanquantile(many.cosine, [0.025, 0.975])
         return {"problems": int(chosen.sum()), "cosine": one.cosine, "low": low, "high": high, "length": one.length,
                 "signal_to_noise": one.signal_to_noise}
@@ -176,7 +176,10 @@ def write_groups(out: Path, problems, completions, texts: list[str], t: np.ndarr
 
 
 def write_table(out: Path, arms, flawed, scores, t, difficulty, length):
-    """A row for each arm and each part of the problems. flawed: what each flawed checker accepts, (M, G)."""
+    """A row for each arm and each part of the problems. flawed: what each flawed checker accepts, (M, G).
+
+    The step is that of the arms: so many groups as they ask in one.
+    """
     groups = gradient.groups(scores, t)
     reference = gradient.mean_gradients(groups, gradient.given_right(Channel(), groups.G))
     parts = {"all": np.ones(len(t)), "short answers": 1.0 * (length <= np.median(length)),
@@ -189,7 +192,8 @@ def write_table(out: Path, arms, flawed, scores, t, difficulty, length):
             found = under_rewards(scores, flawed[params.reward])
         else:
             found = under_channel(groups, params.channel, difficulty)
-        table += [{"arm": arm, "part": part} | row(*found, reference, chosen, draws) for part, chosen in parts.items()]
+        table += [{"arm": arm, "part": part} | row(*found, reference, params.prompts_per_step, chosen, draws)
+                  for part, chosen in parts.items()]
     out.parent.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(table).assign(right=t.mean(), mixed=((t.sum(1) > 0) & (t.sum(1) < t.shape[1])).mean()).to_csv(
         out, index=False, float_format="%.5g")
