@@ -223,11 +223,6 @@ def _same_relation(sign: str, gold: tuple[str, ...], answer: tuple[str, ...]) ->
     return sign == "=" or bool(ratio.evalf(20) > 0)  # -x < -1 is not x < 1
 
 
-def _in_order(parts: tuple[Tree, ...], others: tuple[Tree, ...]) -> bool:
-    """Whether the first parts are the same, the second parts, and so on."""
-    return all(same(part, other) for part, other in zip(parts, others, strict=True))
-
-
 def _in_some_order(parts: tuple[Tree, ...], others: tuple[Tree, ...]) -> bool:
     """Whether each part has a partner of its own among the others, which are as many."""
     left = list(others)
@@ -255,7 +250,7 @@ def same(gold: Tree, answer: Tree) -> bool:
         return _same_relation(kind, parts, others)
     if kind in UNORDERED:
         return _in_some_order(parts, others)
-    return _in_order(parts, others)
+    return all(same(part, other) for part, other in zip(parts, others, strict=True))
 
 
 # --- the process ----------------------------------------------------------------------------------

@@ -762,7 +762,7 @@ class Verifier:
 
     workers: processes. They start when first needed (about a second) and end with this process,
     also if it is killed. seconds: wall-clock limit for one pair, start-up not counted. memory_mb:
-    address space of a worker, MiB (Linux). The verdicts of 20,000 pairs are remembered.
+    address space of a worker, MiB (Linux). cache_size: pairs whose verdict is remembered.
     A batch takes up to seconds x pairs / workers, so keep seconds short where completions may be
     hostile. Safe to call from any thread, a Jupyter kernel or a script without a main guard.
     POSIX only.
@@ -772,12 +772,13 @@ class Verifier:
     worker is killed.
     """
 
-    def __init__(self, workers: int = 1, seconds: float = 5.0, memory_mb: int = 2048):
+    def __init__(self, workers: int = 1, seconds: float = 5.0, memory_mb: int = 2048,
+                 cache_size: int = 20_000):
         for name, value in [("workers", workers), ("seconds", seconds), ("memory_mb", memory_mb)]:
             if value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
         self.workers, self.seconds, self.memory_mb = workers, seconds, memory_mb
-        self._same = lru_cache(maxsize=20_000)(self._ask)
+        self._same = lru_cache(maxsize=cache_size)(self._ask)
         self._start()
 
     def _start(self) -> None:
@@ -816,9 +817,7 @@ class Verifier:
         if self._owner != os.getpid():  # after a fork the workers answer to the parent, not to us
             self.close.detach()
             self._start()
-        if len(pairs) < 2 or self.workers == 1:
-            return [self._same(pair) for pair in pairs]
-        threads = ThreadPoolExecutor(min(self.workers, len(pairs)))
+        threads = ThreadPoolExecutor(self.workers)
         try:
             return list(threads.map(self._same, pairs))
         finally:  # after an interrupt, do not grade the rest first

@@ -112,9 +112,7 @@ def _accuracy(table: pd.DataFrame, x: str, xlabel: str, base: float | None, seed
 def _label(ax, table: pd.DataFrame, x: str):
     """Write a channel's name at its highest rate, and the name of every arm that has one."""
     ends = table.sort_values("rate").drop_duplicates("channel", keep="last").index
-    text = table["channel"].where(table.index.isin(ends))
-    if "named" in table:
-        text = text.where(~table["named"], table["arm"])
+    text = table["channel"].where(table.index.isin(ends)).where(~table["named"], table["arm"])
     colours = [tuple(0.7 * np.array(to_rgb(look(c)["color"]))) for c in table["channel"]]  # darker
     points = pd.DataFrame({"x": table[x], "y": table["estimate"], "text": text, "colour": colours})
     labels.write(ax, points.dropna(subset="text"))
@@ -134,9 +132,9 @@ def noise_curve(table: pd.DataFrame, base: float | None = None,
 
     These are controls, flawed checkers and rates by difficulty. At least one arm has a rate.
 
-    `table`: channel ("clean" or a channel's name), rate, estimate, low, high; and `arm`, `named`
-    (bool) where arms have names of their own. `seeds`: channel, rate, value, a faint point a run.
-    `base`: accuracy before training.
+    `table`: arm, named (whether that name is to be shown), channel ("clean" or a channel's name),
+    rate, estimate, low, high. `seeds`: channel, rate, value, a faint point a run. `base`: accuracy
+    before training.
     """
     last = table["rate"].max()
     table = _apart(table, last)
@@ -223,13 +221,10 @@ def arm_accuracies(table: pd.DataFrame, base: float | None = None,
 def _difference_panels(table: pd.DataFrame, row_height: float):
     """Return a figure and (axes, part) for each reference: a row an arm, the largest gain on top.
 
-    The parts get a column y. Without a column reference, all arms are compared with clean.
+    The parts get a column y.
     """
-    if "reference" not in table:
-        table = table.assign(reference="clean")
     against = table["reference"].str.split(" | ", regex=False).str[0]  # without the setting
-    if "named" in table:
-        against = against.where(~table["named"], table["reference"])
+    against = against.where(~table["named"], table["reference"])
     parts = list(table.groupby(against, sort=False))
     sizes = [part["arm"].nunique() for _, part in parts]
     height = 1.2 + 0.35 * len(parts) + _row_height(table["arm"], row_height) * sum(sizes)
@@ -253,8 +248,8 @@ def _difference_panels(table: pd.DataFrame, row_height: float):
 def paired_differences(table: pd.DataFrame, alpha: float = 0.05) -> Figure:
     """Draw the difference of each arm from its reference, sorted by effect.
 
-    `table`: arm, channel, reference ("clean" without it), difference, difference_low,
-    difference_high, p_holm (a point is filled below `alpha`), mde (half-width of the grey band).
+    `table`: arm, named, channel, reference, difference, difference_low, difference_high, p_holm (a
+    point is filled below `alpha`), mde (half-width of the grey band).
     """
     fig, panels = _difference_panels(table, 0.3)
     for ax, part in panels:
@@ -273,8 +268,8 @@ def paired_differences(table: pd.DataFrame, alpha: float = 0.05) -> Figure:
 def by_difficulty(table: pd.DataFrame) -> Figure:
     """Draw the difference of each arm from its reference at every difficulty, easy above hard.
 
-    `table`: arm, difficulty, difference, low, high, and reference ("clean" without it). A chain
-    that leans to the left loses more on hard problems.
+    `table`: arm, named, reference, difficulty, difference, low, high. A chain that leans to the
+    left loses more on hard problems.
     """
     names = sorted(table["difficulty"].unique())
     offsets = dict(zip(names, np.linspace(-0.32, 0.32, len(names)), strict=True))

@@ -173,10 +173,7 @@ def order_arms(trained: pd.DataFrame) -> pd.DataFrame:
 def compare(arms: pd.DataFrame, matrices: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """The table results.csv: accuracies, and paired differences with Holm over all of them."""
     table = pd.DataFrame([_result(about, matrices) for _, about in arms.iterrows()])
-    table = table.reindex(columns=list(dict.fromkeys([*table, *OF_A_DIFFERENCE])))
-    table["p_holm"] = stats.holm(table["p"])
-    first = [c for c in table if c not in OF_A_DIFFERENCE]
-    return table[[*first, *OF_A_DIFFERENCE]]
+    return table.assign(p_holm=stats.holm(table["p"]))
 
 
 def _result(about: pd.Series, matrices: dict[str, pd.DataFrame]) -> dict:
@@ -186,7 +183,7 @@ def _result(about: pd.Series, matrices: dict[str, pd.DataFrame]) -> dict:
     found = stats.mean_interval(own)
     low, high = np.clip([found.low, found.high], 0, 1)
     row = {"arm": arm, **about[OF_AN_ARM], "seeds": found.parts.seeds, "estimate": found.estimate,
-           "low": low, "high": high}
+           "low": low, "high": high, **dict.fromkeys(OF_A_DIFFERENCE, np.nan)}
     if reference == arm or other is None or other.index.intersection(own.index).empty:
         return row
     d = stats.paired_difference(other, own)

@@ -23,12 +23,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy import ndarray
 from numpy.typing import ArrayLike as Array
-from scipy.special import gammaln
+from scipy.special import gammaln, xlog1py, xlogy
 
 from lib.noise import LEVELS
 
 EPSILON = 1e-4  # what TRL adds to the standard deviation of a group
-TINY = np.finfo(float).tiny  # in place of 0 under a logarithm, because log(0) times 0 must be 0
 
 
 def group_size(G: Array) -> ndarray:
@@ -94,16 +93,12 @@ def _sums_of_one_size(s, m, G: int, std: bool) -> ndarray:
     s = 0 and s = 1 do not give 0/0.
     """
     sums = np.zeros((4, len(s)))
-    log_one, log_zero = np.log(np.maximum(s, TINY)), np.log(np.maximum(1 - s, TINY))
-    log_shown = np.log(np.maximum(1 - m, TINY))
     fewest = 2 if m.any() else G  # all rewards are shown if none is withheld
     for n in range(fewest, G + 1):
-        withheld = m ** (G - n)
-        log_n = _log_binomial(G, n) + n * log_shown
+        log_shown = _log_binomial(G, n) + xlogy(G - n, m) + xlog1py(n, -m)
         for k in range(1, n):
-            log_p = log_n + _log_binomial(n, k) + (k - 1) * log_one + (n - k - 1) * log_zero
-            probability = withheld * np.exp(log_p)
-            sums += probability * _terms(k, n, G, std)[:, None]
+            log_ones = _log_binomial(n, k) + xlogy(k - 1, s) + xlog1py(n - k - 1, -s)
+            sums += np.exp(log_shown + log_ones) * _terms(k, n, G, std)[:, None]
     return sums
 
 

@@ -36,6 +36,7 @@ def table():
     """Results of a clean arm, two flips and one mask, as the analysis makes them."""
     rows = pd.DataFrame({"arm": ["clean", "flip 0.2", "flip 0.4", "mask 0.4"],
                          "channel": ["clean", "flip", "flip", "mask"], "rate": [0, 0.2, 0.4, 0.4],
+                         "named": False, "reference": "clean",
                          "J": [1, 0.6, 0.2, 0.6], "estimate": [0.8, 0.7, 0.5, 0.75]})
     rows["low"], rows["high"] = rows["estimate"] - 0.05, rows["estimate"] + 0.05
     rows["difference"] = rows["estimate"] - 0.8
@@ -231,8 +232,8 @@ def test_differences_from_several_references_have_a_panel_each():
 
 
 def test_a_row_is_a_chain_of_difficulties():
-    rows = pd.DataFrame({"arm": ["a", "a", "b", "b"], "difficulty": ["Level 2", "Level 1"] * 2,
-                         "difference": [-0.3, -0.1, -0.02, -0.05]})
+    rows = pd.DataFrame({"arm": ["a", "a", "b", "b"], "named": False, "reference": "clean",
+                         "difficulty": ["Level 2", "Level 1"] * 2, "difference": [-0.3, -0.1, -0.02, -0.05]})
     fig = plots.by_difficulty(rows.assign(low=rows["difference"] - 0.01, high=rows["difference"] + 0.01))
     ax = fig.axes[0]
     assert names(ax) == ["b", "a"] and legend(fig) == ["difficulty 1", "difficulty 2"]

@@ -187,14 +187,14 @@ def test_no_noise(q, G, std, level):
 
 
 @given(q=inner, a=rates, b=rates)
-@settings(max_examples=30)
+@settings(max_examples=10)
 def test_large_groups_reach_the_limit(q, a, b):
     """Rollout level: sizes approach the limit like 1/G, where rewards vary enough."""
     s = theory.observed_rate(q, a, b)
     assume(0.05 < s < 0.95)
     exact = theory.youden(a, b) / np.sqrt(s * (1 - s))
-    assert theory.advantage_gap(q, a, b, 4000) == pytest.approx(exact, abs=0.01)
-    assert theory.update_energy(q, a, b, 4000) == pytest.approx(1, abs=1e-3)
+    assert theory.advantage_gap(q, a, b, 1000) == pytest.approx(exact, abs=0.04)
+    assert theory.update_energy(q, a, b, 1000) == pytest.approx(1, abs=4e-3)
 
 
 def test_limit_in_group_size_of_shared_noise():
