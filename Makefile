@@ -22,7 +22,7 @@ study: setup
 
 test: setup
 	@$(BIN)/ruff check
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval tests notebooks/helpers
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval tests notebooks/helpers
 
 # Kills, a full disk, a jumping clock, poisoned checkpoints, made-up advisories, the memory that evaluation takes, and
 # the recipes of docs/ as written.

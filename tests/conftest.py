@@ -25,8 +25,10 @@ settings.load_profile("project")
 
 # Files with the most work, in this order: pytest begins with them, so that two workers end at about the same time.
 # The first of them builds the workspace, which the second does not need.
-FIRST = ("test_end_to_end.py", "test_analysis.py", "test_server.py", "test_answers.py", "test_gradient_notebook.py",
-         "test_hub.py", "test_checkers.py", "test_withheld.py", "test_hostile.py", "test_faults.py")
+FIRST = ("test_end_to_end.py", "test_analysis.py", "test_server.py", "test_answers.py", "test_hub.py",
+         "test_gradient_notebook.py", "statistics.ipynb", "test_sweep.py", "test_theory.py", "test_stats.py",
+         "test_dataset.py", "test_trainer.py", "test_hostile.py", "test_checkers.py", "test_withheld.py",
+         "answers.ipynb", "theory.ipynb")
 
 TEN_STEPS = dict(max_steps=10, save_steps=2, eval_interval=0, label_flip_rate=0.3)
 
@@ -60,7 +62,8 @@ class Kernel:
 
     def __init__(self, work):
         self.work = work
-        self.client = NotebookClient(nbformat.v4.new_notebook(), kernel_name="python3", timeout=None)
+        self.client = NotebookClient(nbformat.v4.new_notebook(), kernel_name="python3", timeout=None,
+                                     shutdown_kernel="immediate")
 
     def execute(self, notebook, out, environment=None, **parameters):
         """Execute a notebook of the project, write it to `out`, and return it as JSON.
