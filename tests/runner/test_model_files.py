@@ -199,10 +199,10 @@ def test_a_hub_without_the_file_is_told_before_torch(tmp_path, file):
     assert "other.gguf" in done.stderr
 
 
-@pytest.mark.parametrize("profile", ["qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"])
-def test_the_profiles_name_a_file_and_its_sha256(profile):
+@pytest.mark.parametrize("profile, completions", [("qwen2.5-coder-0.5b", 128), ("qwen2.5-coder-1.5b", 32)])
+def test_the_profiles_name_a_file_and_its_sha256(profile, completions):
     params = parameters.resolve(profile)
     wanted = model_files.as_gguf(params.model)
     assert len(wanted.sha256) == 64 and wanted.name.startswith("Qwen/Qwen2.5-Coder-")
     assert model_files.on_the_hub(wanted)[1] == f"{profile}-instruct-q4_k_m.gguf"
-    assert params.per_device_train_batch_size * params.gradient_accumulation_steps == 128
+    assert params.per_device_train_batch_size * params.gradient_accumulation_steps == completions
