@@ -110,7 +110,7 @@ def under_rewards(scores: np.ndarray, rewarded: np.ndarray) -> tuple[np.ndarray,
 
 
 def row(mean, square, reference, of_step: int, chosen: np.ndarray, draws: np.ndarray) -> dict[str, float]:
-    """Cosine, length and signal-to-noise of a step of `of_step` groups on the chosen problems; intervals over problems."""
+    """Cosine, length and signal-to-noise of a step of `of_step` groups of these problems; intervals over problems."""
     p = gradient.Products(mean @ mean.T, mean @ reference.T, reference @ reference.T, (mean**2).sum(1), square,
                           np.ones(len(mean)))
     with np.errstate(invalid="ignore"):  # a resample may hold none of the chosen problems
