@@ -27,7 +27,6 @@ from runner.parts import (
     SUFFIXES,
     Fields,
     ReadRow,
-    all_parts,
     merge_parts,
     names_a_test_split,
     own_row,
@@ -65,7 +64,6 @@ GSM8K_FIELDS = Fields("question", "answer")
 # parameter -> kinds of sources that make use of it
 USED_BY = {"math_dir": ["math"], "n_train": ["generated"], "n_test": ["generated", "own"],
            **{f"{field}_field": ["own"] for field in Fields._fields}}
-WORDS = {"math": "MATH", "generated": "generated problems", "own": "problems of your own"}
 TEST_SHARE = 0.1  # of one's own problems, if no part of them is for testing
 FEWEST = 20  # problems that can be shared out to training, validation and test
 SPLIT_FILES = {"train": "train_split.jsonl", "validation": "validation_split.jsonl",
@@ -187,7 +185,8 @@ def _collect(source: str, stage: Path, math_dir: str | Path | None, data_seed: i
     """(what the manifest says of the request, rows for training and for testing)"""
     parameters = {"source": source, "data_seed": data_seed}
     if source in GENERATED:
-        sizes = _sizes(source, n_train, n_test)
+        usual = GENERATED[source]
+        sizes = {"n_train": n_train or usual.n_train, "n_test": n_test or usual.n_test}
         generate(source, stage / "parts", data_seed, **sizes)
         return parameters | sizes, merge_parts(stage / "parts")
     if source == "math":
@@ -225,17 +224,6 @@ def _refuse_foreign(folder: Path):
                          "data_dir")
 
 
-def _sizes(source: str, n_train: int | None, n_test: int | None) -> dict[str, int]:
-    """Problems to generate: the numbers that were asked for, else the source's own."""
-    own = GENERATED[source]
-    sizes = {"n_train": own.n_train, "n_test": own.n_test}
-    if n_train is not None:
-        sizes["n_train"] = n_train
-    if n_test is not None:
-        sizes["n_test"] = n_test
-    return sizes
-
-
 def _check_request(source: str, given: dict[str, object]):
     """ValueError for a source that is unknown, or for a parameter that it makes no use of.
 
@@ -247,8 +235,7 @@ def _check_request(source: str, given: dict[str, object]):
         _check_own(source)
     for name, value in given.items():
         if value is not None and kind not in USED_BY[name]:
-            raise ValueError(f"{name} is for {' and '.join(map(WORDS.get, USED_BY[name]))}: "
-                             f"source={source!r} makes no use of it")
+            raise ValueError(f"source={source!r} makes no use of {name}: leave it out")
 
 
 def _check_own(source: str):
@@ -259,8 +246,6 @@ def _check_own(source: str):
                          f"{nearest(source, SOURCES)}; or choose one of {', '.join(SOURCES)}")
     if path.is_file() and path.suffix not in SUFFIXES:
         raise ValueError(f"source={source!r}: a file of problems ends in {', '.join(SUFFIXES)}")
-    if path.is_dir() and not all_parts(path):
-        raise ValueError(f"source={source!r}: the folder has no {', '.join(SUFFIXES)} file")
 
 
 def _build(merged: dict[str, list[dict]], stage: Path, seed: int) -> dict:

@@ -27,7 +27,7 @@ from runner import engines, files, parameters, policies, rewardlog, runs, server
 from runner.engines import BASE
 from runner.rollouts import AT_ONCE, request_seed
 
-ALIKE = ("model", "prompt_template", "data_dir", "max_prompt_length", "max_completion_length")
+ALIKE = {"model", "prompt_template", "data_dir", "max_prompt_length", "max_completion_length"}
 SERVERS_A_GPU = 2  # one keeps its own thread busy before the GPU is
 LABELS = ["sample_id", "level", "type", "decoding", "method"]
 
@@ -128,12 +128,13 @@ def start(engine: str, policy, tokenizer, of: list[parameters.Params], seed: int
 def engine_for(grid: list[parameters.Params], engine: str | None) -> str:
     """Which engine writes the answers, after checking that one evaluation can serve all runs."""
     if engine is None:
-        engine = "transformers" if grid[0].engine == "transformers" else "server"
-    if engine not in ("transformers", "server"):
-        raise ValueError(f"engine={engine!r}: choose transformers or server")
+        engine = grid[0].engine if grid[0].engine in engines.SHARING else "server"
+    if engine not in engines.SHARING:
+        raise ValueError(f"engine={engine!r}: choose {' or '.join(engines.SHARING)}")
     engines.check_engine(engine)
-    if len({tuple(getattr(params, name) for name in ALIKE) for params in grid}) > 1:
-        raise ValueError(f"one evaluation has one {', '.join(ALIKE)}: make a study of each")
+    shared = {tuple(params.model_dump(include=ALIKE).items()) for params in grid}
+    if len(shared) > 1:
+        raise ValueError(f"one evaluation has one {', '.join(sorted(ALIKE))}: make a study of each")
     return engine
 
 
@@ -155,17 +156,14 @@ def keep(path: Path, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def check_adapter(params: parameters.Params, engine, prompt: str, of_base: list[float]):
-    """RuntimeError unless the run's adapter is the recorded one, and changes what the base does.
+    """RuntimeError unless the run's adapter is there, and changes what the base does.
 
     It may change nothing if no group of the run had two different rewards: it is empty then.
     """
-    name, weights = parameters.run_id(params), runs.adapter_hash(params.folder)
-    if weights is None:
+    name = parameters.run_id(params)
+    if not (params.folder / runs.WEIGHTS).exists():
         raise RuntimeError(f"the adapter of {name} was left behind, and these answers were not "
                            "asked: delete the run and repeat it")
-    if weights != (params.folder / "DONE").read_text().strip():
-        raise RuntimeError(f"the adapter of {name} is not the one that its run recorded: delete "
-                           "the run and repeat it")
     if not rewardlog.rewards_differed(params.folder):
         return
     with_adapter = engine.numbers(params.folder / "adapter", prompt)

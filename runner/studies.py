@@ -193,12 +193,12 @@ def repeated(cells: list[Cell]) -> Iterator[str]:
 
 def without_reference(cells: list[Cell]) -> Iterator[str]:
     """A sentence for each name that arms are compared with and that no arm has."""
-    named = [cell for cell in cells if cell.name]
-    names = {cell.name for cell in named}
-    references = {cell.reference for cell in named}
-    for reference in sorted(references - names):
-        compared = [cell.name for cell in named if cell.reference == reference]
-        arms = list(dict.fromkeys(compared))  # once, not once a seed
+    names = {cell.name for cell in cells}
+    missing: dict[str, dict[str, None]] = {}  # reference -> its arms, once, not once a seed
+    for cell in cells:
+        if cell.name and cell.reference not in names:
+            missing.setdefault(cell.reference, {})[cell.name] = None
+    for reference, arms in sorted(missing.items()):
         yield (f"{', '.join(map(repr, arms))} compared with {reference!r}, and no arm has that name"
                f"{nearest(reference, names)}: give an arm this name (`name: {reference}`), or set "
                "`reference` (in an arm, or for the whole study) to the name of one")

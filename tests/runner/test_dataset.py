@@ -422,7 +422,7 @@ def test_contradictory_parameters(parts, tmp_path):
     with pytest.raises(ValueError, match="source='gsm9k' is no file or folder.*did you mean 'gsm8k'.*arithmetic, op"):
         make_dataset("gsm9k", tmp_path / "x")
     for source in GENERATED:
-        with pytest.raises(ValueError, match=f"math_dir is for MATH: source='{source}' makes no use"):
+        with pytest.raises(ValueError, match=f"source='{source}' makes no use of math_dir"):
             make_dataset(source, tmp_path / "x", parts)
 
 

@@ -117,14 +117,14 @@ def test_a_folder_that_names_its_test_problems_keeps_them(tmp_path):
 @pytest.mark.parametrize("given, message", [
     ({"source": "nowhere.jsonl"}, "source='nowhere.jsonl' is no file or folder, seen from the project's root"),
     ({"source": "README.md"}, "source='README.md': a file of problems ends in .jsonl, .json, .parquet"),
-    ({"source": "docs"}, "source='docs': the folder has no .jsonl, .json, .parquet file"),
+    ({"source": "docs"}, "docs holds 0 problems: at least 20 are needed"),
     ({"source": "MINE"}, "mine.jsonl holds 5 problems: at least 20 are needed"),
     ({"source": "MANY", "n_test": 51}, "n_test=51: give a number from 1 to half of the 100 problems"),
-    ({"source": "MANY", "n_train": 5}, "n_train is for generated problems: source="),
-    ({"source": "MANY", "math_dir": "x"}, "math_dir is for MATH: source="),
+    ({"source": "MANY", "n_train": 5}, "makes no use of n_train: leave it out"),
+    ({"source": "MANY", "math_dir": "x"}, "makes no use of math_dir"),
     ({"source": "NAMESAKE", "data_dir": None}, "'math' is also the name of a source of this project"),
-    ({"source": "gsm8k", "n_test": 5}, "n_test is for generated problems and problems of your own: source='gsm8k'"),
-    ({"source": "arithmetic", "problem_field": "q"}, "problem_field is for problems of your own: source='arithmetic'"),
+    ({"source": "gsm8k", "n_test": 5}, "source='gsm8k' makes no use of n_test"),
+    ({"source": "arithmetic", "problem_field": "q"}, "source='arithmetic' makes no use of problem_field"),
 ])
 def test_a_request_that_makes_no_sense_is_refused_before_anything_is_written(tmp_path, given, message):
     write_jsonl(tmp_path / "mine.jsonl", [{"problem": str(i), "answer": i} for i in range(5)])
