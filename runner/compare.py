@@ -3,8 +3,8 @@
     python -m runner compare flip flip-smol
     python -m runner compare clean-s0-367b7ffe flip-0.4-s0-f0c76836
 
-A study is the name of its folder in outputs/, a run its id; both may be paths of folders. Of a run
-that only a study's tables know, such as a published one, these tables are read.
+A study is the name or path of its folder of tables, a run its id. What is read of a run are the
+tables of a study that it belongs to, or its own (`python -m runner ID --report`).
 """
 
 import argparse
@@ -20,8 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lib import plots, report, stats
-from runner import OUTPUTS, ROOT, dataset, results, targets
-from runner.files import read_json
+from runner import OUTPUTS, ROOT, dataset, results
 from runner.reading import nearest
 
 STORES = tuple(dict.fromkeys((OUTPUTS, ROOT / "outputs")))  # own results before published ones
@@ -36,7 +35,7 @@ class Side(NamedTuple):
     name: str
     parameters: pd.DataFrame  # a row a run
     accuracies: dict[str, pd.DataFrame]  # what is compared -> (base_seed, seed) x questions
-    rewards: pd.DataFrame | None  # step, clean_mean, of a run; None for a study
+    metrics: pd.DataFrame | None  # step, clean_mean, ... of a run; None for a study
 
 
 # --- finding --------------------------------------------------------------------------------------
@@ -47,28 +46,20 @@ def read_side(what: str) -> Side:
     for folder in (ROOT / what, *(store / what for store in STORES)):
         if (folder / "runs.csv").exists():
             return read_study(folder)
-    folder = targets.folder_of_run(what)
-    if folder:
-        return read_run(folder)
+    known = {table.parent.name for table in tables()}
     for table in tables():
-        if what in set(pd.read_csv(table, usecols=["run_id"])["run_id"]):
-            return read_run_of(table.parent, what)
-    raise ValueError(f"there is no study and no run {what!r}{nearest(what, known_names())}; "
-                     f"studies with tables: {', '.join(sorted({t.parent.name for t in tables()}))}")
+        runs = set(pd.read_csv(table)["run_id"])
+        if what in runs:
+            return read_run(table.parent, what)
+        known |= runs
+    raise ValueError(f"there is no study and no evaluated run {what!r}{nearest(what, known)}: "
+                     f"evaluate it with python -m runner {what} --report")
 
 
 def tables() -> list[Path]:
     """The runs.csv of all studies that have been evaluated, own ones first."""
     return [path for store in STORES for path in sorted(store.glob("*/runs.csv"))
             if (path.parent / "eval.parquet").exists()]
-
-
-def known_names() -> set[str]:
-    """All studies and runs that can be compared."""
-    names = {path.name for store in STORES for path in store.glob("runs/*")}
-    for table in tables():
-        names |= {table.parent.name, *pd.read_csv(table, usecols=["run_id"])["run_id"]}
-    return names
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -85,20 +76,7 @@ def read_study(folder: Path) -> Side:
     return Side(folder.name, runs, found.matrices, None)
 
 
-def read_run(folder: Path) -> Side:
-    """A run of the store, with its newest evaluation if it has one."""
-    parameters = pd.DataFrame([read_json(folder / "params.json")])
-    metrics = folder / "metrics.parquet"
-    if not metrics.exists():
-        raise ValueError(f"the run {folder.name} has no metrics yet: it is not done")
-    accuracies = {}
-    evaluations = sorted(folder.glob("eval-*.parquet"), key=lambda path: path.stat().st_mtime)
-    if evaluations:
-        accuracies = accuracy_of_a_run(pd.read_parquet(evaluations[-1]))
-    return Side(folder.name, parameters, accuracies, pd.read_parquet(metrics))
-
-
-def read_run_of(folder: Path, run_id: str) -> Side:
+def read_run(folder: Path, run_id: str) -> Side:
     """A run that is in the tables of a study."""
     runs = pd.read_csv(folder / "runs.csv")
     answers = pd.read_parquet(folder / "eval.parquet", filters=[("run_id", "==", run_id)])
@@ -145,7 +123,7 @@ def compared_results(one: Side, other: Side) -> pd.DataFrame:
     Columns: estimate, low and high of A, of B, and of B - A. The difference is paired on seed and
     question, and empty where the two sides have no seed or not the same questions in common.
     """
-    is_run = one.rewards is not None
+    is_run = one.metrics is not None
     rows = {}
     for what in dict.fromkeys((*one.accuracies, *other.accuracies)):
         sides = [side.accuracies.get(what) for side in (one, other)]
@@ -215,7 +193,7 @@ def figure_of_runs(one: Side, other: Side):
     with plt.rc_context(plots.STYLE):
         fig, ax = plt.subplots(figsize=(8, 4))
         for letter, side, style in (("A", one, "-"), ("B", other, "--")):
-            logged = side.rewards.dropna(subset="clean_mean").set_index("step")["clean_mean"]
+            logged = side.metrics.dropna(subset="clean_mean").set_index("step")["clean_mean"]
             window = max(1, len(logged) // 20)
             smooth = logged.rolling(window, min_periods=1, center=True).mean()
             ax.plot(100 * smooth, style, label=f"{letter}: {side.name}")
@@ -237,10 +215,10 @@ def print_table(title: str, table: pd.DataFrame, console: Console):
 def compare(first: str, second: str, console: Console) -> Path:
     """Print and save what differs between two studies or runs; returns the folder of it all."""
     one, other = read_side(first), read_side(second)
-    if (one.rewards is None) != (other.rewards is None):
-        run, study = (one, other) if other.rewards is None else (other, one)
-        raise ValueError(f"{run.name} is a run and {study.name} a study: give two runs or two "
-                         "studies")
+    is_study = one.metrics is None
+    if is_study != (other.metrics is None):
+        raise ValueError(f"one of {one.name} and {other.name} is a run and the other a study: give "
+                         "two runs or two studies")
     parameters, table = different_parameters(one, other), compared_results(one, other)
     console.print(f"A: {one.name}\nB: {other.name}\n")
     if parameters.empty:
@@ -256,32 +234,22 @@ def compare(first: str, second: str, console: Console) -> Path:
                                                       for row in columns]
     console.print()
     print_table("Accuracy in percent, with 95 % intervals", texts, console)
-    console.print(remark(one, other, table))
+    if is_study:
+        console.print("Intervals are for new seeds and questions, and not corrected for several "
+                      "comparisons. B - A is empty where an arm is on one side only, or where the "
+                      "sides have no seed or not the same questions in common.")
+    else:
+        console.print("Intervals are for new questions. What other seeds would do, two runs cannot "
+                      "say.")
 
     name = "-and-".join(re.sub(r"[^\w.+-]+", "-", side.name) for side in (one, other))
     folder = OUTPUTS / "compare" / name
     folder.mkdir(parents=True, exist_ok=True)
     parameters.to_csv(folder / "parameters.csv")
     table.to_csv(folder / "results.csv", float_format="%.6g")
-    is_study = one.rewards is None
     fig = figure_of_studies(one, other, table) if is_study else figure_of_runs(one, other)
     plots.save(fig, folder / "comparison.png")
     return folder
-
-
-def remark(one: Side, other: Side, table: pd.DataFrame) -> str:
-    """What the intervals are for, and what could not be compared."""
-    if one.rewards is None:
-        sentences = ["Intervals are for new seeds and questions, and not corrected for several "
-                     "comparisons."]
-        if table["difference_estimate"].isna().any():
-            sentences.append("B - A is empty where an arm is on one side only, or where the sides "
-                             "have no seed or not the same questions in common.")
-        return " ".join(sentences)
-    missing = [side.name for side in (one, other) if not side.accuracies]
-    if missing:
-        return f"Not evaluated yet, so only training is compared: {', '.join(missing)}."
-    return "Intervals are for new questions. What other seeds would do, two runs cannot say."
 
 
 def main(arguments: list[str]) -> int:

@@ -1,21 +1,18 @@
-"""`python -m runner compare A B`: published studies, published runs, and runs of the store."""
-
-import json
+"""`python -m runner compare A B`: published studies, published runs, and runs that were evaluated alone."""
 
 import numpy as np
 import pandas as pd
 import pytest
 from synthetic_study import write_study
 
-from runner import ROOT, compare, parameters, targets
+from runner import ROOT, compare, parameters
 from runner.__main__ import main
 
 
 @pytest.fixture
 def outputs(tmp_path, monkeypatch):
     """A folder of results of one's own, before the published ones."""
-    for module in (compare, targets):
-        monkeypatch.setattr(module, "OUTPUTS", tmp_path / "outputs")
+    monkeypatch.setattr(compare, "OUTPUTS", tmp_path / "outputs")
     monkeypatch.setattr(compare, "STORES", (tmp_path / "outputs", ROOT / "outputs"))
     return tmp_path / "outputs"
 
@@ -85,39 +82,32 @@ def test_two_published_runs(outputs, capsys):
 
 
 def write_run(outputs, accuracy, **given):
-    """A run of the store; with answers if an accuracy is given."""
+    """The tables of an evaluated run: `accuracy` of 100 questions are answered rightly. Returns its id."""
     params = parameters.resolve("tiny", **given)
-    folder = outputs / "runs" / parameters.run_id(params)
+    run = {"run_id": parameters.run_id(params)}
+    folder = outputs / f"run-{run['run_id']}"
     folder.mkdir(parents=True)
-    (folder / "params.json").write_text(json.dumps(params.model_dump()))
-    pd.DataFrame({"step": range(1, 21), "clean_mean": np.linspace(0.3, 0.6, 20)}).to_parquet(folder / "metrics.parquet")
-    if accuracy is not None:
-        right = np.arange(100) < 100 * accuracy
-        pd.DataFrame({"sample_id": [f"q{i}" for i in range(100)], "decoding": "greedy", "exact": right}).to_parquet(
-            folder / "eval-1234.parquet")
-    return folder
+    pd.DataFrame([params.model_dump() | run]).to_csv(folder / "runs.csv", index=False)
+    metrics = pd.DataFrame({"step": range(1, 21), "clean_mean": np.linspace(0.3, 0.6, 20)} | run)
+    metrics.to_parquet(folder / "metrics.parquet")
+    right = np.arange(100) < 100 * accuracy
+    answers = {"sample_id": [f"q{i}" for i in range(100)], "decoding": "greedy", "exact": right}
+    pd.DataFrame(answers | run).to_parquet(folder / "eval.parquet")
+    return run["run_id"]
 
 
-def test_runs_of_the_store_by_id_and_by_folder(outputs, capsys):
+def test_runs_that_were_evaluated_alone(outputs):
     one, two = write_run(outputs, 0.5), write_run(outputs, 0.7, mask_rate=0.5)
-    assert main(["compare", one.name, str(two)]) == 0
-    row = table_of(outputs, one.name, two.name).loc["greedy"]
+    assert main(["compare", one, two]) == 0
+    row = table_of(outputs, one, two).loc["greedy"]
     assert row.A_estimate == 0.5 and row.difference_estimate == pytest.approx(0.2)
     half = 1.96 * np.std([1] * 20 + [0] * 80, ddof=1) / 10  # of 100 questions, 20 are gained
     assert row.difference_low == pytest.approx(0.2 - half, abs=1e-5)
-    capsys.readouterr()
-    three = write_run(outputs, None, mask_rate=0.6)
-    assert main(["compare", one.name, three.name]) == 0
-    assert f"Not evaluated yet, so only training is compared: {three.name}." in capsys.readouterr().out
 
 
 def test_what_cannot_be_compared_is_refused_in_words(outputs, capsys):
     run = write_run(outputs, 0.5)
     assert main(["compare", "tiny", "tinny"]) == 2
-    assert "there is no study and no run 'tinny', did you mean 'tiny'?; studies with tables: channels, controls" in (
-        capsys.readouterr().err)
-    assert main(["compare", run.name, "tiny"]) == 2
-    assert f"{run.name} is a run and tiny a study: give two runs or two studies" in capsys.readouterr().err
-    (run / "metrics.parquet").unlink()
-    assert main(["compare", run.name, run.name]) == 2
-    assert "has no metrics yet: it is not done" in capsys.readouterr().err
+    assert "there is no study and no evaluated run 'tinny', did you mean 'tiny'?" in capsys.readouterr().err
+    assert main(["compare", run, "tiny"]) == 2
+    assert "give two runs or two studies" in capsys.readouterr().err
