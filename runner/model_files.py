@@ -5,14 +5,14 @@ run any code when it is opened. A GGUF file is converted once, into models/<sha2
 Nothing here imports torch before a file is converted.
 """
 
-import fcntl
 import json
 import os
 import shutil
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
+
+from filelock import FileLock
 
 from runner import BUILT_HERE, WORK, hub
 from runner.files import sha256
@@ -166,17 +166,9 @@ def gguf_folder(gguf: ModelFile) -> Path:
         return folder
     file = local_gguf(gguf) or hub.download(*on_the_hub(gguf))
     digest = checked_sha256(file, gguf)
-    with _one_at_a_time(MODELS / f".{digest[:16]}.lock"):  # runs that start together
+    MODELS.mkdir(parents=True, exist_ok=True)
+    with FileLock(MODELS / f".{digest[:16]}.lock"):  # runs that start together
         return converted_folder(digest) or convert(file, digest)
-
-
-@contextmanager
-def _one_at_a_time(lock: Path):
-    """Wait until no other process is in here. A process that ends gives the lock back."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def origin_of(folder: Path) -> dict[str, str]:

@@ -57,26 +57,16 @@ def split_train(rows: list[dict], seed: int,
     chosen = set()
     for key, ids in strata.items():
         chosen.update(random.Random(f"{seed}/{key}").sample(sorted(ids), shares[key]))
-    return _apart(rows, chosen)
-
-
-def _apart(rows: list[dict], sample_ids: set[str]) -> tuple[list[dict], list[dict]]:
-    """(rows that are not among `sample_ids`, rows that are)"""
-    apart = {False: [], True: []}
-    for row in rows:
-        apart[row["sample_id"] in sample_ids].append(row)
-    return apart[False], apart[True]
+    train = [row for row in rows if row["sample_id"] not in chosen]
+    validation = [row for row in rows if row["sample_id"] in chosen]
+    return train, validation
 
 
 def drop_overlaps(rows: list[dict], held_out: Iterable[dict]) -> tuple[list[dict], list[str]]:
     """(rows whose problem does not occur in `held_out`, sample_ids of the dropped rows)."""
     problems = {row["problem"] for row in held_out}
-    kept, dropped = [], []
-    for row in rows:
-        if row["problem"] in problems:
-            dropped.append(row["sample_id"])
-        else:
-            kept.append(row)
+    kept = [row for row in rows if row["problem"] not in problems]
+    dropped = [row["sample_id"] for row in rows if row["problem"] in problems]
     return kept, dropped
 
 
