@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lib import plots, report, stats
-from runner import OUTPUTS, ROOT, dataset, results
+from runner import OUTPUTS, ROOT, dataset
 from runner.reading import nearest
 
 STORES = tuple(dict.fromkeys((OUTPUTS, ROOT / "outputs")))  # own results before published ones
@@ -230,7 +230,7 @@ def compare(first: str, second: str, console: Console) -> Path:
     texts = pd.DataFrame(index=table.index)
     for side, sign in (("A", ""), ("B", ""), ("difference", "+")):
         columns = table[[f"{side}_{value}" for value in VALUES]].to_numpy()
-        texts[side.replace("difference", "B - A")] = [results.with_interval(*row, sign)
+        texts[side.replace("difference", "B - A")] = [report.between(*row, sign)
                                                       for row in columns]
     console.print()
     print_table("Accuracy in percent, with 95 % intervals", texts, console)

@@ -79,24 +79,16 @@ def results_table(results: pd.DataFrame) -> Table:
 
 def _cells(row, usual: str) -> list[str]:
     """What the table shows of one arm; its reference only if that is not the usual one."""
-    accuracy = with_interval(row.estimate, row.low, row.high)
-    difference = with_interval(row.difference, row.difference_low, row.difference_high, "+")
+    from lib import report  # here: it takes a second, and a mistake in a study is told before
+
+    accuracy = report.between(row.estimate, row.low, row.high)
+    difference = report.between(row.difference, row.difference_low, row.difference_high, "+")
     if pd.isna(row.difference_low):  # not compared, or of one seed
         return [row.arm, str(row.seeds), accuracy, difference, ""]
     arm = row.arm
     if row.reference != usual:
         arm += f" (from {row.reference})"
     return [arm, str(row.seeds), accuracy, difference, f"{row.p_holm:.2g}"]
-
-
-def with_interval(estimate: float, low: float, high: float, sign: str = "") -> str:
-    """A share and its interval in percent, such as 57.6 (52.1 to 63.0); "" if there is none."""
-    if pd.isna(estimate):
-        return ""
-    value, lowest, highest = (f"{round(100 * x, 1) + 0.0:{sign}.1f}" for x in (estimate, low, high))
-    if pd.isna(low):  # one seed
-        return value
-    return f"{value} ({lowest} to {highest})"
 
 
 def compare_with_published(file: Path) -> str:
