@@ -5,9 +5,7 @@ from pathlib import Path
 from runner import OUTPUTS, ROOT, WORK, studies
 from runner.files import digest, read_json
 from runner.parameters import Params, run_id, study_folder_name
-from runner.studies import Study, arm_of
-
-SEEDS = {"seed", "base_seed", "noise_seed", "output_dir"}
+from runner.studies import Study
 
 
 def load(target: str, profile: str) -> tuple[Study, list[Params]]:
@@ -56,7 +54,7 @@ def folder_of_run(name: str) -> Path | None:
 
 
 def as_study(folders: list[Path]) -> tuple[Study, list[Params]]:
-    """A study of finished or unfinished runs. Runs that differ in their seeds alone are one arm.
+    """A study of finished or unfinished runs. Its arms have no names, so the noise names them.
 
     ValueError if a folder is not where the store would have it.
     """
@@ -65,31 +63,5 @@ def as_study(folders: list[Path]) -> tuple[Study, list[Params]]:
         if params.folder.resolve() != folder.resolve():
             raise ValueError(f"{folder} holds the run {run_id(params)}, whose place is "
                              f"{params.folder}: move it there")
-    names = names_of_arms(grid)
-    reference = next((name for name in names.values() if name.startswith("clean")),
-                     names[run_id(grid[0])])
     title = f"Run {run_id(grid[0])}" if len(grid) == 1 else f"{len(grid)} runs"
-    study = Study(title=title, arms=[{}], seeds=[0], use_selected=False,
-                  names={run: (name, reference) for run, name in names.items()})
-    return study, grid
-
-
-def names_of_arms(grid: list[Params]) -> dict[str, str]:
-    """{run id: arm}. Where other parameters than noise differ, the arm's name says how."""
-    by_label: dict[str, list[Params]] = {}
-    for params in grid:
-        by_label.setdefault(arm_of(params), []).append(params)
-
-    names = {}
-    for label, alike in by_label.items():
-        differing = differing_settings(alike)
-        for params in alike:
-            remarks = [f"{name} {getattr(params, name)}" for name in differing]
-            names[run_id(params)] = ", ".join([label, *remarks])
-    return names
-
-
-def differing_settings(grid: list[Params]) -> list[str]:
-    """The parameters in which runs differ, but for their seeds."""
-    first, *others = (params.model_dump(exclude=SEEDS) for params in grid)
-    return [name for name in first if any(other[name] != first[name] for other in others)]
+    return Study(title=title, arms=[{}], seeds=[0], use_selected=False), grid

@@ -1,4 +1,4 @@
-"""Runs in place of a study: found by id or folder, and named so that different settings are different arms."""
+"""Runs in place of a study: found by id or folder."""
 
 import json
 
@@ -27,20 +27,8 @@ def test_a_run_is_found_by_its_id_and_by_its_folder(store):
     run = store(label_flip_rate=0.25)
     for name in (run.folder.name, f"outputs/runs/{run.folder.name}", str(run.folder)):
         study, grid = targets.load(name, "tiny")
-        assert grid == [run] and study.arm_and_reference(run) == ("flip 0.25", "flip 0.25")
+        assert grid == [run] and study.arm_and_reference(run) == ("flip 0.25", "clean")
         assert targets.folder_of(name, "smol").name == f"run-{run.folder.name}"
-
-
-def test_seeds_share_an_arm_and_other_settings_do_not(store):
-    clean, again = store(), store(seed=1)
-    larger = store(learning_rate=0.002)
-    flipped = store(label_flip_rate=0.25)
-    study, grid = targets.load(",".join(p.folder.name for p in (flipped, clean, again, larger)), "tiny")
-    arms = {parameters.run_id(p): study.arm_and_reference(p) for p in grid}
-    assert arms[parameters.run_id(clean)] == arms[parameters.run_id(again)] == (
-        "clean, learning_rate 0.001", "clean, learning_rate 0.001")
-    assert arms[parameters.run_id(larger)][0] == "clean, learning_rate 0.002"
-    assert arms[parameters.run_id(flipped)] == ("flip 0.25", "clean, learning_rate 0.001")
 
 
 def test_a_mistyped_run_is_named_and_a_study_stays_a_study(store):
