@@ -99,19 +99,16 @@ def shown(path: Path) -> str:
 def download(source: str) -> Path:
     """The folder of the hub's copy of a data set, from the local cache if it is there.
 
-    ConnectionError if it cannot be had.
+    FileNotFoundError if it cannot be had.
     """
     from huggingface_hub import snapshot_download
 
     hub.refuse_password()
     copy = HUB_COPIES[source]
-    try:
+    remedy = f"{copy.otherwise}, or set HF_ENDPOINT to a mirror that this machine reaches"
+    with hub.explained(copy.name, remedy):
         return Path(snapshot_download(copy.name, repo_type="dataset",
                                       allow_patterns=list(copy.patterns)))
-    except Exception as exc:  # the hub client's own errors, httpx's and the system's
-        raise ConnectionError(
-            f"cannot download {copy.name} ({type(exc).__name__}): {copy.otherwise}, or set "
-            "the environment variable HF_ENDPOINT to a mirror that this machine reaches.") from None
 
 
 def merge_own(path: Path, read_row: ReadRow, seed: int,

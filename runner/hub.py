@@ -26,8 +26,8 @@ def refuse_password():
 
 
 @contextmanager
-def explained(model: str) -> Iterator[None]:
-    """Turn what the hub's client says of a model that is not had into one sentence with a remedy.
+def explained(what: str, remedy: str = REMEDY) -> Iterator[None]:
+    """Turn what the hub's client says of a thing that is not had into one sentence with a remedy.
 
     Its own words tell a wrong name, a gated model, and a hub that cannot be reached apart.
     """
@@ -35,9 +35,8 @@ def explained(model: str) -> Iterator[None]:
         yield
     except Exception as e:  # the client's own errors, httpx's and the system's
         why = " ".join(without_secrets(str(e)).split()) or type(e).__name__
-        name = without_secrets(model)
-        raise FileNotFoundError(f"model={name!r} is not here, and cannot be had from the hub "
-                                f"({why}): {REMEDY}") from None
+        raise FileNotFoundError(f"{without_secrets(what)} is not here, and cannot be had from the "
+                                f"hub ({why}): {remedy}") from None
 
 
 def check_hub(model: str, file: str = "config.json"):
@@ -50,7 +49,7 @@ def check_hub(model: str, file: str = "config.json"):
 
     refuse_password()
     seconds = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or 5)
-    with explained(model):
+    with explained(f"model={model!r}"):
         if not isinstance(try_to_load_from_cache(model, file), str):
             get_hf_file_metadata(hf_hub_url(model, file), timeout=seconds)
 
@@ -60,5 +59,5 @@ def download(model: str, file: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     check_hub(model, file)
-    with explained(f"{model}/{file}"):
+    with explained(f"model='{model}/{file}'"):
         return Path(hf_hub_download(model, file))

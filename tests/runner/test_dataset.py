@@ -507,7 +507,7 @@ def test_a_failed_download_is_one_sentence_with_the_ways_out(tmp_path, hub):
         run = make_in_new_process(tmp_path / "o/math", tmp_path / "cache", endpoint)
     last = run.stderr.strip().splitlines()[-1]
     assert run.returncode == 1 and "During handling" not in run.stderr
-    assert last.startswith("ConnectionError: cannot download fdyrd/MATH (")
+    assert last.startswith("FileNotFoundError: fdyrd/MATH is not here, and cannot be had from the hub (")
     assert "math_dir" in last and "HF_ENDPOINT" in last
     assert list((tmp_path / "o").iterdir()) == []
 

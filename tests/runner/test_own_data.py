@@ -155,7 +155,7 @@ def test_gsm8k_from_a_hub(tmp_path):
         "train": 60, "validation": 20, "train_split": 54, "validation_split": 6, "test": 20}
     assert set(load_split(tmp_path / "gsm8k", "test")["level"]) == {"Level 1", "Level 2"}
     done = make_in_new_process(tmp_path / "other", tmp_path / "empty", endpoint, "gsm8k")  # the hub is gone
-    assert "cannot download openai/gsm8k" in done.stderr
+    assert "openai/gsm8k is not here, and cannot be had from the hub" in done.stderr
     assert "-p source FOLDER -p problem_field question -p data_dir gsm8k" in done.stderr
 
 
