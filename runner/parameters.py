@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from lib import noise
 from lib.rewards import estimator
@@ -24,7 +25,16 @@ NOT_HASHED = {"output_dir", "report_to", "gradient_checkpointing"}  # they chang
 ADDED_LATER = {name for name, named in noise.NAMED.items() if named.added_later}
 ADDED_LATER |= {"train_difficulties", "cue"}
 
-Real = Annotated[float, AfterValidator(lambda x: x + 0.0)]  # -0.0 becomes 0.0: they are one run
+
+def _no_truth_value(value):
+    """YAML reads `yes` as true, and pydantic would read that as the rate 1."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "input should be a number, not yes, no, true or false")
+    return value
+
+
+Real = Annotated[float, BeforeValidator(_no_truth_value),
+                 AfterValidator(lambda x: x + 0.0)]  # -0.0 becomes 0.0: they are one run
 Rate = Annotated[Real, Field(ge=0, le=1)]
 
 RatesByDifficulty = Annotated[str, AfterValidator(noise.one_spelling)] | None

@@ -137,6 +137,11 @@ NUMBERS = sorted(name for name, field in parameters.Params.model_fields.items()
                  if field.annotation in (float, int) or "float" in str(field.annotation))
 
 
+def test_a_truth_value_is_no_rate():
+    with pytest.raises(ValueError, match="label_flip_rate=True: input should be a number"):
+        parameters.resolve("tiny", label_flip_rate=True)
+
+
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, "inf", "nan"])
 @pytest.mark.parametrize("name", NUMBERS)
 def test_infinities_and_nan_are_refused(name, value):
