@@ -183,7 +183,8 @@ def _collect(source: str, stage: Path, math_dir: str | Path | None, data_seed: i
     parameters = {"source": source, "data_seed": data_seed}
     if source in GENERATED:
         usual = GENERATED[source]
-        sizes = {"n_train": n_train or usual.n_train, "n_test": n_test or usual.n_test}
+        sizes = {"n_train": usual.n_train if n_train is None else n_train,
+                 "n_test": usual.n_test if n_test is None else n_test}
         generate(source, stage / "parts", data_seed, **sizes)
         return parameters | sizes, merge_parts(stage / "parts")
     if source == "math":
