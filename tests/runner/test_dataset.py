@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -405,6 +406,7 @@ def test_the_output_appears_whole(tmp_path):
     while process.poll() is None:
         if out.exists():
             listings.add(tuple(sorted(f.name for f in out.iterdir())))
+        time.sleep(0.001)
     assert process.returncode == 0
     listings.add(tuple(sorted(f.name for f in out.iterdir())))
     assert len(listings) == 1 and "manifest.json" in next(iter(listings))
