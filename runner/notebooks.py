@@ -52,6 +52,8 @@ def make_policy(p: Params, folder: Path, console: Console):
     except FileNotFoundError:
         if p.model not in BUILT_HERE:
             raise
+        console.print("01b_warm_start makes the base policy, once: two to five minutes on two "
+                      "cores for the tiny one")
         run_notebook("01b_warm_start", folder / f"01b_warm_start-s{p.base_seed}.ipynb", console,
                      profile=p.profile, base_seed=p.base_seed)
 
