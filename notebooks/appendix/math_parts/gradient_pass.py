@@ -63,7 +63,7 @@ def adapted(model, params, adapter: str | None):
 def scores_of(model, pairs: list[tuple[list[int], list[int]]], temperature: float, directions: int, at_once: int = 8):
     """Scores of (prompt, completion) pairs, (n, directions); pairs of like length are computed together."""
     order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))
-    drawn = gradient.random_directions(model, directions) if directions else 0
+    drawn = gradient.random_directions(model, directions) if directions else None
     found = {}
     for start in range(0, len(order), at_once):
         rows = order[start:start + at_once]

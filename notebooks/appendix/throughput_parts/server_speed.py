@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -59,8 +60,9 @@ def step(runs: int) -> dict:
     return {"runs": runs, "seconds": time.perf_counter() - began, "tokens": tokens}
 
 
-server.RUNS_A_SERVER = -(-max(counts) // servers)
-serving = server.Serving.of([params], max(counts))
+runs_each = -(-max(counts) // servers)
+completions = min(1024, runs_each * params.prompts_per_step * params.num_generations)
+serving = replace(server.Serving.of([params], 1, completions), adapters=runs_each, on_a_gpu=servers)
 began = time.perf_counter()
 started = [server.Server(serving, out.with_suffix(f".{i}.log"), engines.SERVER_MEMORY) for i in range(servers)]
 measured = []
